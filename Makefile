@@ -1,0 +1,33 @@
+# Two commands that do everything on a fresh machine: `make demo` and `make test`. Windows without make: see README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := demo
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/run.stamp
+	$(BIN)/python training.py --image-size 64 --minutes 10 --run $(RUN)
+	$(BIN)/python generate.py runs/$(RUN) --images 64 --seed 1 --out runs/$(RUN)/generated
+	@echo "pictures: runs/$(RUN)/samples, the newest last, and runs/$(RUN)/generated/grid.png"
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+test-slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+
+.venv/run.stamp: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: requirements.txt requirements-dev.txt requirements-extras.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -1,0 +1,112 @@
+"""Checkpoints on disk: written so that nothing trained is lost, read so that nothing in them can run code.
+
+A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts. It is complete under its name or not
+there at all: written to a temporary file in the same folder, flushed to the disk, renamed. A damaged one is
+recognised, named, and the one before it is used.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+FORMAT = 1       # raised when a field changes its meaning
+KEEP = 2         # step files kept; best.pt and anything else in the folder is never touched
+
+
+class CheckpointError(Exception):
+    """No checkpoint can be read; the message is one line that names the file and the reason."""
+
+
+def write_atomically(file, write):
+    """Calls write(binary handle) on a temporary file beside `file` and renames it: `file` is old or new, never half.
+
+    Raises what write and the file system raise (OSError on a full disk); the temporary file is gone then.
+    """
+    file = Path(file)
+    temporary = file.with_name(file.name + ".part")
+    try:
+        with open(temporary, "wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":                       # the new name itself reaches the disk only with its folder
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(folder, state, step):
+    """Writes folder/step_00001000.pt and then drops all but the newest KEEP step files. Returns the path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step_{step:08d}.pt"
+    write_atomically(file, lambda handle: torch.save({"format": FORMAT, **state}, handle))
+    for old in step_files(folder)[:-KEEP]:
+        old.unlink(missing_ok=True)
+    return file
+
+
+def step_files(folder):
+    """The step files of a checkpoint folder, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"))
+
+
+def load(file, device="cpu"):
+    """The dict that `save` was given. Raises CheckpointError for a missing, damaged, foreign or too new file.
+
+    The check sums of the zip container are compared first: torch.load alone takes a flipped byte for a weight.
+    """
+    try:
+        with zipfile.ZipFile(file) as container:
+            damaged = container.testzip()
+        state = None if damaged else torch.load(file, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: all mean a file that is none
+        raise CheckpointError(f"{file}: no readable checkpoint ({type(error).__name__})") from None
+    if damaged:
+        raise CheckpointError(f"{file}: damaged (the check sum of {damaged} is wrong)")
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{file}: no checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{file}: format {state['format']}, this program reads {FORMAT}: use the version that "
+                              "wrote it")
+    return state
+
+
+def newest(folder, device="cpu", warn=print):
+    """(file, state) of the newest readable step file of a folder, or None where it holds none at all.
+
+    A damaged one is named through `warn` and passed over. Raises CheckpointError where all are damaged.
+    """
+    files = step_files(folder)
+    for file in reversed(files):
+        try:
+            return file, load(file, device)
+        except CheckpointError as error:
+            warn(str(error))
+    if files:
+        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints can be read; nothing was changed")
+    return None
+
+
+def find(path, device="cpu", warn=print):
+    """(file, state) for what a user names: a run's folder, its checkpoint folder, or a single file."""
+    path = Path(path)
+    if path.is_file():
+        return path, load(path, device)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run or file")
+    found = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path, device, warn)
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint there (yet); training.py writes the first one after "
+                              "CHECKPOINT_EVERY steps or CHECKPOINT_MINUTES")
+    return found

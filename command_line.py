@@ -1,0 +1,146 @@
+"""Flags made of config.py's constants, errors of one line, and the choice of device.
+
+Every constant above config.py's last ruler is a flag: IMAGE_SIZE is `--image-size 64`, a boolean is `--flip` or
+`--no-flip`. A flag overrules config.py.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from types import SimpleNamespace
+
+import torch
+
+import config
+
+DERIVED = ("TRANSFORMER_IN_CHANNELS",)
+IMAGE_SIZES = range(32, 257, 16)
+
+# What a constant may be, in words and as a test; the sign of the rest is checked by their type below.
+LIMITS = {
+    "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, "a multiple of 16 from 32 to 256"),
+    "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
+    "DEVICE": (lambda v: v in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
+    "BACKGROUND": (lambda v: 0 <= v <= 255, "0 to 255"),
+    "NUM_WORKERS": (lambda v: v >= -1, "-1 (one a core), 0 or more"),
+    "HELD_OUT_SHARE": (lambda v: 0 <= v <= 0.5, "0 to 0.5"),
+    "ALPHA_INIT": (lambda v: 0 < v <= 100, "above 0, at most 100"),
+    "ALPHA_SPAN": (lambda v: 1 <= v <= 100, "1 to 100"),
+    "VIDEO_SHIFT": (lambda v: 0 <= v <= 0.5, "0 to 0.5"),
+    "BETA_1": (lambda v: 0 <= v < 1, "0 or more, below 1"),
+    "BETA_2": (lambda v: 0 <= v < 1, "0 or more, below 1"),
+    "LEARNING_RATE": (lambda v: v > 0, "above 0"),
+    "CRITIC_LEARNING_RATE": (lambda v: v > 0, "above 0"),
+    "EMA_RAMP": (lambda v: v > 0, "above 0"),
+    "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
+    "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\]*", v) is not None, "a name without slashes or a dot in front"),
+    "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
+}
+MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
+               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG")
+
+
+class InputError(Exception):
+    """Something that the user gave can't be used; the message is one line that names it and the mend."""
+
+
+def constants_with_comments():
+    """{name: (value, comment)} for every constant of config.py, in its order."""
+    source = inspect.getsource(config)
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            name = node.targets[0].id
+            comment = lines[node.end_lineno - 1][node.end_col_offset:].partition("#")[2].strip()
+            found[name] = (getattr(config, name), comment)
+    return found
+
+
+def flag(name):
+    """IMAGE_SIZE -> --image-size"""
+    return "--" + name.lower().replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are InputErrors of one line, not a usage text and an exit; no abbreviations."""
+
+    def __init__(self, program, description):
+        super().__init__(prog=program, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists what is allowed")
+
+
+def make_parser(program, description):
+    """A Parser with a flag for each constant of config.py but the derived ones."""
+    parser = Parser(program, description)
+    group = parser.add_argument_group("constants of config.py")
+    for name, (value, comment) in constants_with_comments().items():
+        if name in DERIVED:
+            continue
+        text = comment.replace("%", "%%") + (" [%(default)s]" if value != "" else "")
+        if isinstance(value, bool):
+            group.add_argument(flag(name), dest=name, default=value, help=text, action=argparse.BooleanOptionalAction)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[type(value)]
+            group.add_argument(flag(name), dest=name, default=value, help=text, metavar=metavar, type=type(value))
+    return parser
+
+
+def with_derived(values):
+    """A SimpleNamespace of constants, the derived ones computed from the others."""
+    constants = SimpleNamespace(**values)
+    constants.TRANSFORMER_IN_CHANNELS = constants.NUM_FRAMES * constants.CHANNELS
+    return constants
+
+
+def parse_constants(argv, program="training.py", description=""):
+    """The constants of a run, from the flags `argv` over config.py; and the names that were given as flags.
+
+    Raises InputError, one line, for an unknown flag and for a value that can't be.
+    """
+    parser = make_parser(program, description)
+    constants = with_derived(vars(parser.parse_args(argv)))
+    words = sys.argv[1:] if argv is None else argv
+    given = {name for name in vars(constants) if any(
+        w.split("=")[0] in (flag(name), flag(name).replace("--", "--no-", 1)) for w in words)}
+    check(constants)
+    return constants, given
+
+
+def check(constants):
+    """Raises InputError, one line that says what is allowed, for values that can't be."""
+    for name, value in vars(constants).items():
+        if name in LIMITS:
+            allowed, words = LIMITS[name]
+        elif isinstance(value, (bool, str)) or name in DERIVED:
+            continue
+        else:
+            zero = name in MAY_BE_ZERO
+            allowed, words = (lambda v: v >= 0, "0 or more") if zero else (lambda v: v > 0, "above 0")
+        if value != value or not allowed(value):          # the first is true for nan alone
+            sizes = f" ({', '.join(map(str, IMAGE_SIZES))})" if name == "IMAGE_SIZE" else ""
+            raise InputError(f"{flag(name)} {value} can't be: give {words}{sizes}")
+    c = constants
+    if c.PATCH % 4 or c.IMAGE_SIZE % c.PATCH:
+        fitting = [p for p in range(4, c.IMAGE_SIZE + 1, 4) if c.IMAGE_SIZE % p == 0]
+        raise InputError(f"--patch {c.PATCH} does not fit --image-size {c.IMAGE_SIZE}: give one of "
+                         f"{', '.join(map(str, fitting))}")
+    if c.TRANSFORMER_DIM % c.TRANSFORMER_HEADS:
+        low = c.TRANSFORMER_DIM // c.TRANSFORMER_HEADS * c.TRANSFORMER_HEADS
+        raise InputError(f"--transformer-dim {c.TRANSFORMER_DIM} is no multiple of the {c.TRANSFORMER_HEADS} heads: "
+                         f"give {max(low, c.TRANSFORMER_HEADS)} or {low + c.TRANSFORMER_HEADS}")
+
+
+def choose_device(name):
+    """auto -> CUDA where there is one, else MPS, else CPU. Raises InputError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(n for n in there if there[n]))
+    if not there.get(name):
+        found = " or ".join(n for n in there if there[n])
+        raise InputError(f"--device {name} is not on this machine: give {found}, or auto")
+    return torch.device(name)

@@ -1,0 +1,174 @@
+"""Metrics: how far a set of generated images is from a set of real ones. Pure functions of tensors.
+
+The sliced Wasserstein distance on Laplacian pyramids (Karras et al. 2018, "Progressive Growing of GANs",
+section 5) needs no pretrained network: it compares small patches, one scale at a time. It sees texture, edges
+and combinations of colours within 7 x 7 pixels of each scale, not objects, and it is no Frechet distance.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+NEIGHBOURHOOD = 7          # side of a patch, pixels (section 5)
+SMALLEST_LEVEL = 16        # side of the coarsest level, pixels: halving stops before a smaller one
+PROJECTION_GROUP = 64      # directions projected and sorted at a time, which bounds memory
+IMAGE_GROUP = 128          # images whose pyramid is built at a time, for the same reason
+
+# ------------------------------------------------------------------------------------- Laplacian pyramid
+
+def pyramid_sides(height, width):
+    """The (height, width) of each level, finest first: halved, rounded up, while both stay at 16 or more.
+
+    Raises ValueError for images below 16 x 16.
+    """
+    if min(height, width) < SMALLEST_LEVEL:
+        raise ValueError(f"{height} x {width} pixels: the sliced Wasserstein distance needs {SMALLEST_LEVEL} "
+                         "or more on each side")
+    sides = [(height, width)]
+    while min(half := tuple((side + 1) // 2 for side in sides[-1])) >= SMALLEST_LEVEL:
+        sides.append(half)
+    return sides
+
+
+def laplacian_pyramid(images):
+    """(N, C, H, W) -> list of (N, C, h, w), finest first (Burt and Adelson 1983).
+
+    Each level but the last is what the next halving loses; the last is the small picture left over.
+    `collapse` gives the images back.
+    """
+    levels, picture = [], images
+    for _ in pyramid_sides(*images.shape[2:])[1:]:
+        smaller = _blur(picture)[..., ::2, ::2]
+        levels.append(picture - _double(smaller, picture.shape[2:]))
+        picture = smaller
+    return [*levels, picture]
+
+
+def collapse(levels):
+    """The images of a Laplacian pyramid: the inverse of laplacian_pyramid."""
+    picture = levels[-1]
+    for level in reversed(levels[:-1]):
+        picture = level + _double(picture, level.shape[2:])
+    return picture
+
+
+def _blur(picture):
+    """Each channel convolved with (1, 4, 6, 4, 1) / 16 along both sides, mirrored at the border."""
+    channels = picture.shape[1]
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=picture.dtype, device=picture.device) / 16
+    kernel = kernel.expand(channels, 1, 1, 5)
+    picture = F.conv2d(F.pad(picture, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
+    return F.conv2d(picture, kernel.mT, groups=channels)
+
+
+def _double(picture, side):
+    """Twice the size, or one less where `side` is odd: zeros between the pixels, then 4 times a blur."""
+    doubled = picture.new_zeros(*picture.shape[:2], *side)
+    doubled[..., ::2, ::2] = 4 * picture
+    return _blur(doubled)
+
+# ------------------------------------------------------------------------------------- sliced Wasserstein
+
+@torch.no_grad()
+def sliced_wasserstein(a, b, generator=0, patches=128, projections=512):
+    """Distance of two image sets at each level of their Laplacian pyramids: ({level: distance}, mean).
+
+    a (N, C, H, W), b (M, C, H, W): float tensors in [-1, 1] or uint8 in 0..255, on one device. A level is
+    named by its shorter side in pixels. generator: a torch.Generator on the CPU, or a seed for a new one; the
+    same state gives the same numbers, and torch's global generator is left alone.
+
+    Per level, `patches` random 7 x 7 patches of each image are the points of its set, each channel is brought
+    to mean 0 and standard deviation 1 over the set, and the distance is sliced_wasserstein_of_points, times
+    1000 as in the paper's tables. For scale, at 64 px with 500 images a set: two halves of one set 13 (drawn
+    faces) and 26 (photographs), one half against the other half blurred 3 x 3 59, faces against photographs
+    158, against noise 224, against plain grey 695.
+
+    Each set is normalised by its own statistics, as in the authors' program. So the distance is blind to a
+    change of brightness or contrast of a channel that all images share: a set that is uniformly too dark, or
+    has half the contrast, scores 0. Look for those elsewhere (mean and deviation of pixels, Frechet
+    distance). Image i of both sets is cut at the same places, where the paper draws them apart: this makes
+    the function symmetric and a set's distance from itself 0.
+
+    Finite sets of one distribution are some way apart, the farther the smaller they are (faces: 27 with 100
+    images a set, 13 with 500, 11 with 1,000): compare only numbers made with the same N, M and patches. The
+    time grows with N * patches * projections: 13 s on one CPU core for 1,000 images of 64 px a set.
+
+    Raises ValueError where shapes or types do not fit, a set is empty, or the images are below 16 x 16.
+    """
+    _check(a, b)
+    generator = _generator(generator)
+    distances = {}
+    for level, side in enumerate(pyramid_sides(*a.shape[2:])):
+        corner = torch.stack([torch.randint(length - NEIGHBOURHOOD + 1, (max(len(a), len(b)), patches),
+                                            generator=generator) for length in side])
+        points = [_descriptors(images, level, corner[:, :len(images)].to(images.device)) for images in (a, b)]
+        distances[min(side)] = 1000 * sliced_wasserstein_of_points(*points, generator, projections)
+    return distances, sum(distances.values()) / len(distances)
+
+
+@torch.no_grad()
+def sliced_wasserstein_of_points(x, y, generator=0, projections=512):
+    """Mean over random directions w of the Wasserstein-1 distance between the numbers <x_i, w> and <y_j, w>.
+
+    x (N, D), y (M, D): float tensors on one device. generator as in sliced_wasserstein. Along one direction
+    the distance is that of the sorted numbers (Rabin et al. 2011); where N and M differ, that of the two
+    quantile functions, which is exact as well. Returns a float.
+    """
+    directions = random_directions(projections, x.shape[1], _generator(generator)).to(x.dtype).to(x.device)
+    n, m = len(x), len(y)
+    # Quantile functions are constant between multiples of 1/n and of 1/m. Walk over all these pieces, in
+    # units of 1/(n*m): piece k lies in x's step i[k] and in y's step j[k].
+    ends = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
+    i, j = (ends[:-1] // m).to(x.device), (ends[:-1] // n).to(x.device)
+    weight = (ends.diff().double() / (n * m)).to(x.dtype).to(x.device)
+    total = 0.0
+    for group in directions.split(PROJECTION_GROUP):
+        x_sorted, y_sorted = _sort_rows(group @ x.T), _sort_rows(group @ y.T)
+        difference = x_sorted - y_sorted if n == m else x_sorted[:, i] - y_sorted[:, j]
+        total += (difference.abs() @ weight).sum().item()
+    return total / projections
+
+
+def random_directions(count, dimensions, generator):
+    """Unit vectors, uniform on the sphere: (count, dimensions), on the CPU. generator: a torch.Generator."""
+    return F.normalize(torch.randn(count, dimensions, generator=generator, dtype=torch.float64), dim=1)
+
+
+def _generator(generator):
+    return generator if isinstance(generator, torch.Generator) else torch.Generator().manual_seed(generator)
+
+
+def _descriptors(images, level, corner):
+    """The patches of one pyramid level as points: (N * patches, 49 * C), channels of mean 0 and deviation 1.
+
+    corner (2, N, patches): top and left of each patch.
+    """
+    reach = torch.arange(NEIGHBOURHOOD, device=images.device)
+    points = []
+    for part, at in zip(images.split(IMAGE_GROUP), corner.split(IMAGE_GROUP, dim=1)):
+        part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
+        picture = laplacian_pyramid(part)[level].permute(0, 2, 3, 1)                  # (n, H, W, C)
+        image = torch.arange(len(part), device=images.device).view(-1, 1, 1, 1)
+        row = at[0][:, :, None, None] + reach[:, None]                                # (n, patches, 7, 1)
+        column = at[1][:, :, None, None] + reach                                      # (n, patches, 1, 7)
+        points.append(picture[image, row, column].flatten(0, 1))                      # (n * patches, 7, 7, C)
+    points = torch.cat(points)
+    deviation, mean = torch.std_mean(points, dim=(0, 1, 2), correction=0)
+    # 1e-4 is a hundredth of a grey level: below it there is only rounding, which must not pass for a texture.
+    return ((points - mean) / deviation.clamp_min(1e-4)).flatten(1)
+
+
+def _sort_rows(numbers):
+    """Rows in rising order. numpy sorts 64 rows of 128,000 in 0.14 s on one CPU core, torch in 1.4 s."""
+    if numbers.device.type == "cpu":
+        return torch.from_numpy(np.sort(numbers.numpy(), axis=1))
+    return numbers.sort(dim=1).values
+
+
+def _check(a, b):
+    if a.ndim != 4 or b.ndim != 4 or a.shape[1:] != b.shape[1:] or len(a) == 0 or len(b) == 0:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: two image sets are (N, C, H, W) and "
+                         "(M, C, H, W) with N and M at least 1")
+    for images in (a, b):
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"{images.dtype}: images are uint8 in 0..255 or float in [-1, 1]")

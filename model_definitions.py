@@ -1,0 +1,392 @@
+"""The networks: VAE, Discriminator, TransformerParamTanh, and the Generator that joins VAE and layer.
+
+Two ranges, never mixed: `x`, in [0, 1], is what the decoder's Sigmoid gives; `image`, in [-1, 1], is what
+tanh(alpha * (2x - 1)) makes of it. Real pictures, critic inputs and encoder inputs are images in [-1, 1].
+
+All sizes come as arguments; config.py holds the values and `build` in this file maps them.
+"""
+
+import copy
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+SMALLEST_SIDE = 8           # a feature map is halved while its side is this or more, so all sizes end at 4..7 pixels
+LOGVAR_RANGE = (-20.0, 20.0)    # wide: keeps exp(logvar) finite, and never reached by a healthy run
+
+
+# ------------------------------------------------------------------------------------- sizes and blocks
+
+def sides(image_size):
+    """The sides of the feature maps from the picture down: 128 -> [128, 64, 32, 16, 8, 4], 48 -> [48, 24, 12, 6]."""
+    found = [image_size]
+    while found[-1] >= SMALLEST_SIDE:
+        found.append(found[-1] // 2)
+    return found
+
+
+def widths(image_size, width, width_max):
+    """Channels after each halving: `width`, doubled a block, at most `width_max`; one number a block."""
+    return [min(width * 2 ** i, width_max) for i in range(len(sides(image_size)) - 1)]
+
+
+def group_norm(channels):
+    """GroupNorm in 8 groups (fewer where 8 does not divide): like every part here, blind to the rest of the batch."""
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def conv_block(channels_in, channels_out, for_critic):
+    """(Conv2d, activation, MaxPool2d), the block of encoder and critic: (B, C_in, H, W) -> (B, C_out, H // 2, W // 2).
+
+    The encoder's has GroupNorm and ReLU. The critic's has LeakyReLU and no normalisation, and pools in two steps,
+    maximum at stride 1 and then a 2 x 2 mean (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"):
+    plain max pooling hands the gradient to one pixel in four, which is seen as a pattern of dots in what the
+    generator learns from it. The mean's ceil_mode makes H - 1 maxima end at H // 2 for even and odd H alike.
+    """
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+    if not for_critic:
+        return nn.Sequential(conv, group_norm(channels_out), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(conv, nn.LeakyReLU(0.2), MaxPool2dTwiceDifferentiable(2, stride=1),
+                         nn.AvgPool2d(2, ceil_mode=True))
+
+
+def conv_tower(image_size, channels, width, width_max, for_critic):
+    """Conv blocks from the picture down to 4..7 pixels a side; and the number of features that they end with."""
+    channel_list = [channels, *widths(image_size, width, width_max)]
+    blocks = [conv_block(a, b, for_critic) for a, b in pairwise(channel_list)]
+    return nn.Sequential(*blocks), channel_list[-1] * sides(image_size)[-1] ** 2
+
+
+class MaxPool2dTwiceDifferentiable(nn.MaxPool2d):
+    """MaxPool2d by the operator that also gives indices: equal values, and the only form that MPS can
+    differentiate twice, as the gradient penalty does."""
+
+    def forward(self, x):
+        return F.max_pool2d(x, self.kernel_size, self.stride, return_indices=True)[0]
+
+
+# ------------------------------------------------------------------------------------- VAE
+
+class VAE(nn.Module):
+    """Encoder of (Conv2d, ReLU, MaxPool2d) blocks, Linear heads for mu and logvar; decoder of ConvTranspose2d and
+    ReLU with a Sigmoid at the end (Kingma and Welling 2013, "Auto-Encoding Variational Bayes").
+
+    image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
+    """
+
+    def __init__(self, image_size, channels, latent_dim, width, width_max):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder, features = conv_tower(image_size, channels, width, width_max, for_critic=False)
+        self.to_mu = nn.Linear(features, latent_dim)
+        self.to_logvar = nn.Linear(features, latent_dim)
+
+        side_list = sides(image_size)[::-1]                                    # from the smallest up
+        channel_list = widths(image_size, width, width_max)[::-1]              # from the widest down
+        self.start_shape = (channel_list[0], side_list[0], side_list[0])
+        self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
+        layers = [group_norm(channel_list[0]), nn.ReLU()]
+        for i, (side, next_side) in enumerate(pairwise(side_list)):
+            last = i == len(side_list) - 2
+            channels_out = channels if last else channel_list[i + 1]
+            # 4 x 4 at stride 2: every output pixel is made by 4 taps, none by more, so there is no chessboard at start
+            layers.append(nn.ConvTranspose2d(channel_list[i], channels_out, 4, stride=2, padding=1,
+                                             output_padding=next_side - 2 * side))
+            layers += [nn.Sigmoid()] if last else [group_norm(channels_out), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers)
+
+        he_init(self.from_z, self.decoder)
+        self.to_logvar.weight.data.mul_(0.1)                 # the posterior starts near the prior: logvar about 0
+
+    def encode(self, image):
+        """image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM), unbounded but for logvar's wide clamp."""
+        features = self.encoder(image).flatten(1)
+        return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
+
+    def reparameterize(self, mu, logvar, noise):
+        """z = mu + sigma * noise, with noise (B, LATENT_DIM) from N(0, I), drawn by the caller."""
+        return mu + torch.exp(0.5 * logvar) * noise
+
+    def decode(self, z):
+        """z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
+        start = self.from_z(z).unflatten(1, self.start_shape)
+        return self.decoder(start)
+
+    def forward(self, image, noise):
+        """image in [-1, 1], noise (B, LATENT_DIM) -> x in [0, 1], mu, logvar."""
+        mu, logvar = self.encode(image)
+        return self.decode(self.reparameterize(mu, logvar, noise)), mu, logvar
+
+
+# ------------------------------------------------------------------------------------- critic
+
+class Discriminator(nn.Module):
+    """The critic, symmetric with the encoder: image (B, C, H, W) in [-1, 1] -> one unbounded score an image, (B,).
+
+    No Sigmoid, and nothing that ties the pictures of a batch together, since the gradient penalty of WGAN-GP
+    (Gulrajani et al. 2017) judges each input on its own.
+    """
+
+    def __init__(self, image_size, channels, width, width_max):
+        super().__init__()
+        self.blocks, features = conv_tower(image_size, channels, width, width_max, for_critic=True)
+        self.to_score = nn.Linear(features, 1)
+        # With torch's default the gradient with respect to the input starts near 0.01, and the first
+        # hundreds of steps would only raise it to the 1 that the penalty asks for.
+        he_init(self.blocks, self.to_score, slope=0.2)
+
+    def forward(self, image):
+        return self.to_score(self.blocks(image).flatten(1)).squeeze(1)
+
+    def probability(self, image):
+        """Probability that each image is real, (B,) in (0, 1): sigmoid of the score, whose zero the drift term
+        of the critic's loss keeps between the two sides."""
+        return torch.sigmoid(self(image))
+
+
+def he_init(*modules, slope=0.0):
+    """He et al. 2015 for each convolution and Linear: variance 2 / fan_in, with the inputs that one output sees."""
+    for module in (m for part in modules for m in part.modules()):
+        if isinstance(module, nn.ConvTranspose2d):
+            taps = math.prod(module.kernel_size) // math.prod(module.stride)
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (taps * module.in_channels)))
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, a=slope)
+        else:
+            continue
+        nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------- synthetic video
+
+class SyntheticVideo(nn.Module):
+    """T slightly modified copies of a picture, stacked: (B, C, H, W) in [0, 1] -> (B, T*C, H, W), near [0, 1].
+
+    Frame 0 is the picture itself; frame t is shifted, brightened or darkened, and given noise, all with a
+    strength that grows linearly with t. Shift and brightness are drawn a frame and shared by the batch, the
+    noise is one (T, C, H, W) field: so a batch split over processes sees what the whole one would. Not clamped,
+    so that no pixel loses its gradient.
+    """
+
+    def __init__(self, num_frames, channels, image_size, shift, brightness, noise):
+        super().__init__()
+        self.num_frames, self.channels, self.brightness, self.noise = num_frames, channels, brightness, noise
+        self.pad = max(1, round(shift * image_size))          # the largest shift, pixels
+
+    def draw(self, height, width, generator=None):
+        """What is done to the frames: shifts [(dy, dx)] * T in whole pixels, and what is added, (T*C, H or 1, W or 1).
+
+        Without a generator a fixed schedule without noise."""
+        strength = torch.linspace(0, 1, self.num_frames)
+        if generator is not None:
+            shift = torch.rand(self.num_frames, 2, generator=generator) * 2 - 1
+            brightness = torch.rand(self.num_frames, generator=generator) * 2 - 1
+        else:
+            angle = torch.arange(self.num_frames) * (math.pi * (3 - math.sqrt(5)))     # golden angle: even turns
+            shift = torch.stack([angle.cos(), angle.sin()], dim=1)
+            brightness = (angle * 2).sin()
+        shift = (shift * strength[:, None] * self.pad).round().long().tolist()
+        change = (brightness * strength * self.brightness)[:, None, None, None].expand(-1, self.channels, 1, 1)
+        if generator is not None:
+            field = torch.randn(self.num_frames, self.channels, height, width, generator=generator)
+            change = change + self.noise * strength[:, None, None, None] * field
+        return shift, change.flatten(0, 1)
+
+    def forward(self, picture, generator=None):
+        """picture (B, C, H, W) in [0, 1] -> (B, T*C, H, W)."""
+        height, width = picture.shape[2:]
+        shift, change = self.draw(height, width, generator)
+        padded = F.pad(picture, [self.pad] * 4, mode="replicate")
+        frames = [padded[:, :, self.pad + dy:self.pad + dy + height, self.pad + dx:self.pad + dx + width]
+                  for dy, dx in shift]
+        return torch.cat(frames, dim=1) + change.to(picture, non_blocking=True)
+
+    def embed(self, picture, conv, generator=None):
+        """conv(self(picture, generator)), without making the frames: (B, C, H, W) -> (B, D, H/PATCH, W/PATCH).
+
+        Shifting and a convolution are both linear, so T shifted copies under T kernels are one picture under the
+        sum of the shifted kernels; what is added to the frames is the same for the whole batch and goes through
+        the convolution once. Equal to float tolerance, and for T = 16 about eight times faster.
+        """
+        height, width = picture.shape[2:]
+        shift, change = self.draw(height, width, generator)
+        patch, pad = conv.kernel_size[0], self.pad
+        kernels = conv.weight.unflatten(1, (self.num_frames, self.channels)).unbind(1)       # T of (D, C, PATCH, PATCH)
+        kernel = sum(F.pad(k, (pad + dx, pad - dx, pad + dy, pad - dy)) for k, (dy, dx) in zip(kernels, shift))
+        padded = F.pad(picture, [pad] * 4, mode="replicate")
+        added = change.to(picture, non_blocking=True).expand(-1, height, width)[None]
+        return F.conv2d(padded, kernel, stride=patch) + conv(added)
+
+
+# ------------------------------------------------------------------------------------- TransformerParamTanh
+
+class TransformerParamTanh(nn.Module):
+    """tanh(alpha * (2x - 1)) with alpha set per pixel by a Transformer that looks at a synthetic video of x.
+
+        x (B, C, H, W) in [0, 1]
+        -> displayed (1 + tanh(ALPHA_INIT * (2x - 1))) / 2, in [0, 1]
+        -> video (B, T*C, H, W) -> patch tokens (B, N, D) -> Transformer encoder (12 heads, 12 layers)
+        -> Linear: s, one a 4 x 4 pixels -> alpha = ALPHA_INIT * ALPHA_SPAN ** tanh(s), (B, 1, H, W)
+        -> image = tanh(alpha * (2x - 1)), in [-1, 1]
+
+    alpha is positive and bounded, ALPHA_INIT / ALPHA_SPAN .. ALPHA_INIT * ALPHA_SPAN, so that no step can turn a
+    picture grey or saturate the layer for good. The head starts at zero: the layer begins as tanh(ALPHA_INIT * .).
+    Compare Dynamic Tanh (Zhu et al. 2025, "Transformers without Normalization"): one learned scalar a layer,
+    where here a Transformer predicts alpha for each picture and place.
+    """
+
+    CELL = 4      # one value of s for each CELL x CELL pixels; bilinear interpolation leaves no seams between patches
+
+    def __init__(self, image_size, channels, num_frames, patch, dim, heads, layers, alpha_init, alpha_span,
+                 alpha_per_channel, shift, brightness, noise):
+        super().__init__()
+        self.channels, self.image_size = channels, image_size
+        self.alpha_init, self.alpha_span = alpha_init, alpha_span
+        self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
+        self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, dim))
+        layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+        self._initialise_each_layer()
+        self.cells = patch // self.CELL                                  # values of s along one side of a patch
+        self.alpha_channels = channels if alpha_per_channel else 1
+        self.to_s = nn.Linear(dim, self.alpha_channels * self.cells ** 2)
+        nn.init.zeros_(self.to_s.weight)
+        nn.init.zeros_(self.to_s.bias)
+
+    def _initialise_each_layer(self):
+        """nn.TransformerEncoder copies the first layer's weights into all others; draw each anew."""
+        for layer in self.transformer.layers:
+            for linear in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
+                linear.reset_parameters()
+            layer.self_attn._reset_parameters()
+
+    def displayed(self, x):
+        """x in [0, 1] -> the picture as the layer would show it at the start, in [0, 1]."""
+        return (1 + torch.tanh(self.alpha_init * (2 * x - 1))) / 2
+
+    def frames(self, x, video=None, generator=None):
+        """What the Transformer sees, (B, T*C, H, W): synthetic copies, or the current picture and `video` behind it."""
+        picture = self.displayed(x)
+        return self.video(picture, generator) if video is None else torch.cat([picture, video], dim=1)
+
+    def alpha(self, x, video=None, generator=None):
+        """alpha for x (B, C, H, W) in [0, 1]: (B, 1, H, W), or (B, C, H, W) per channel. Arguments as in `forward`."""
+        if video is None:
+            tokens = self.video.embed(self.displayed(x), self.to_tokens, generator)         # (B, D, H/PATCH, W/PATCH)
+        else:
+            tokens = self.to_tokens(self.frames(x, video))
+        tokens = tokens.flatten(2).transpose(1, 2) + self.positions                         # (B, N, D)
+        s = self.to_s(self.transformer(tokens))                              # (B, N, alpha_channels * cells**2)
+        side = math.isqrt(s.shape[1])
+        s = F.pixel_shuffle(s.transpose(1, 2).unflatten(2, (side, side)), self.cells)    # (B, alpha_channels, H/4, W/4)
+        s = F.interpolate(s, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return self.alpha_init * self.alpha_span ** torch.tanh(s)
+
+    def forward(self, x, video=None, generator=None):
+        """x (B, C, H, W) in [0, 1] -> image (B, C, H, W) in [-1, 1].
+
+        video: the T-1 earlier pictures, newest first, (B, (T-1)*C, H, W) in [0, 1], in place of modified copies.
+        generator: a torch.Generator on the CPU that draws the copies' changes; without one a fixed schedule
+        without noise is used, so that one z is one picture.
+        """
+        return self.apply_alpha(x, self.alpha(x, video, generator))
+
+    def apply_alpha(self, x, alpha):
+        """tanh(alpha * (2x - 1)): x in [0, 1] -> image in [-1, 1]."""
+        return torch.tanh(alpha * (2 * x - 1))
+
+    def extra_repr(self):
+        low, high = self.alpha_init / self.alpha_span, self.alpha_init * self.alpha_span
+        return f"alpha starts at {self.alpha_init:g}, stays in {low:g}..{high:g}"
+
+
+# ------------------------------------------------------------------------------------- generator
+
+class Generator(nn.Module):
+    """VAE and layer in one: the only place that joins the two. z -> image, image -> image."""
+
+    def __init__(self, vae, layer):
+        super().__init__()
+        self.vae, self.layer = vae, layer
+
+    def forward(self, z, video=None, generator=None):
+        """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
+        return self.image_and_alpha(z, video, generator)[0]
+
+    def image_and_alpha(self, z, video=None, generator=None):
+        """The image and the alpha that made it, (B, 1, H, W), or (B, C, H, W) per channel."""
+        x = self.vae.decode(z)
+        alpha = self.layer.alpha(x, video, generator)
+        return self.layer.apply_alpha(x, alpha), alpha
+
+    def reconstruct(self, image):
+        """image in [-1, 1] -> its reconstruction from mu, in [-1, 1]."""
+        return self(self.vae.encode(image)[0])
+
+
+def build(constants):
+    """Generator and Discriminator of a run, from its constants (config.py or a checkpoint's)."""
+    c = constants
+    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX)
+    layer = TransformerParamTanh(
+        c.IMAGE_SIZE, c.CHANNELS, c.NUM_FRAMES, c.PATCH, c.TRANSFORMER_DIM, c.TRANSFORMER_HEADS, c.TRANSFORMER_LAYERS,
+        c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE)
+    return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+
+
+# ------------------------------------------------------------------------------------- summary
+
+class CountMultiplyAdds(TorchDispatchMode):
+    """Counts the multiply-adds of convolutions and matrix products while it is on, in `total`.
+
+    torch's own FlopCounterMode raises under a double backward, and counts fused attention as 0 on the CPU: so
+    count with gradients on (no fast path) and the MATH backend of attention, as `multiply_adds` does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(operator, "_overloadpacket", None))
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out) // 2      # the registry counts both operations
+        return out
+
+
+def multiply_adds(function, *args):
+    """Multiply-adds of function(*args): convolutions and matrix products, backward passes inside included."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), CountMultiplyAdds() as count:
+        function(*args)
+    return count.total
+
+
+def summary(generator, critic, batch_size):
+    """Parameters and multiply-adds an image of each part: a list of (name, parameters, multiply-adds).
+
+    Counted on the meta device, where only shapes are computed.
+    """
+    generator, critic = copy.deepcopy(generator).to("meta"), copy.deepcopy(critic).to("meta")
+    vae, layer = generator.vae, generator.layer
+    shape = (batch_size, layer.channels, layer.image_size, layer.image_size)
+    image, z = torch.empty(shape, device="meta"), torch.empty(batch_size, vae.latent_dim, device="meta")
+    tokens = layer.positions.expand(batch_size, -1, -1)
+    parts = [
+        ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
+        ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
+        ("video and patch tokens", (layer.to_tokens,), lambda x: layer.video.embed(x, layer.to_tokens), image),
+        ("Transformer and alpha head", (layer.transformer, layer.to_s),
+         lambda t: layer.to_s(layer.transformer(t)), tokens),
+        ("critic", (critic,), critic, image),
+    ]
+    return [(name, sum(p.numel() for module in modules for p in module.parameters()),
+             multiply_adds(function, argument) // batch_size) for name, modules, function, argument in parts]

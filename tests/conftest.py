@@ -1,0 +1,34 @@
+"""Fixtures that several test files share. Tests draw their own images."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# Flags of a run that takes a fraction of a second a step.
+SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--width-max", "32", "--latent-dim", "16",
+         "--transformer-dim", "24", "--transformer-layers", "2", "--patch", "8", "--sample-count", "4",
+         "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--gp-every", "2"]
+
+
+def draw_images(folder, count, size=40, seed=0):
+    """Writes `count` small PNGs, all different, each two flat colours with a slanted border; returns the folder."""
+    rng = np.random.default_rng(seed)
+    os.makedirs(folder, exist_ok=True)
+    rows, columns = np.mgrid[:size, :size]
+    for number in range(count):
+        one, other = rng.integers(0, 256, (2, 3), dtype=np.uint8)
+        side = columns + rng.normal() * rows > rng.uniform(0, size)
+        picture = Image.fromarray(np.where(side[..., None], one, other))
+        picture.putpixel((0, 0), (number % 256, number // 256, 0))    # no two are equal
+        picture.save(os.path.join(folder, f"{number:04d}.png"))
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """image_folder(count, size=40, name="photos") draws a folder of `count` images and returns its path."""
+    def draw(count, size=40, name="photos", seed=0):
+        return draw_images(str(tmp_path / name), count, size, seed)
+    return draw

@@ -1,0 +1,301 @@
+"""The real script, in process, for a few steps on a few real files; bad input; one step by its parts."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+
+import checkpoints
+import command_line
+import data
+import training
+
+
+@pytest.fixture
+def photos(image_folder):
+    return image_folder(12)
+
+
+@pytest.fixture
+def run(photos, tmp_path):
+    """run(*flags) trains on the photos in tmp_path/runs and returns the exit status."""
+    def start(*flags, images=photos):
+        return training.main(["--data", str(images), "--runs-dir", str(tmp_path / "runs"), *SMALL, *flags])
+    return start
+
+
+@pytest.fixture
+def small_state(photos, tmp_path):
+    c, _ = command_line.parse_constants(["--data", photos, *SMALL])
+    return training.new_state(c, torch.device("cpu")), c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
+
+
+def lines(tmp_path, name="photos"):
+    return [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def vector(model):
+    """A copy of all weights, end to end."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------- a run from outside
+
+def test_a_run_leaves_what_a_person_looks_for(run, tmp_path, capsys):
+    assert run("--steps", "4") == 0
+    folder, out = tmp_path / "runs" / "photos", capsys.readouterr().out
+    for kind, suffix in (("real", "png"), ("generated", "png"), ("reconstructed", "png"), ("alpha", "png"),
+                         ("video", "gif")):
+        for step in (0, 4):
+            Image.open(folder / "samples" / f"step_{step:08d}_{kind}.{suffix}").load()
+    assert json.loads((folder / "config.json").read_text())["IMAGE_SIZE"] == 32
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+    assert lines(tmp_path)[-1]["images_seen"] == 16
+    assert {"critic_loss", "score_gap", "gradient_norm", "wasserstein", "reconstruction", "kl", "posterior_variance",
+            "alpha_mean", "alpha_min", "alpha_max", "images_per_second"} <= lines(tmp_path)[-1].keys()
+    for words in ("TRANSFORMER_IN_CHANNELS 48", "multiply-adds", "Transformer", "4 steps will take", "step 4/4",
+                  "12 images to train on"):
+        assert words in out
+    assert (folder / "checkpoints" / "step_00000004.pt").exists()
+
+
+def test_the_same_command_goes_on_and_equals_a_run_without_a_break(run, tmp_path, capsys):
+    run("--steps", "7", "--run", "whole")
+    run("--steps", "3", "--run", "broken")
+    assert "continuing" not in capsys.readouterr().out
+    run("--steps", "7", "--run", "broken")
+    assert "continuing" in capsys.readouterr().out
+
+    whole, broken = (checkpoints.newest(tmp_path / "runs" / name / "checkpoints")[1] for name in ("whole", "broken"))
+    for part in ("generator", "critic", "ema"):
+        for name, weights in whole[part].items():
+            assert torch.equal(weights, broken[part][name]), (part, name)
+    clock = ("seconds", "images_per_second")
+    assert [{k: v for k, v in line.items() if k not in clock} for line in lines(tmp_path, "whole")] == \
+           [{k: v for k, v in line.items() if k not in clock} for line in lines(tmp_path, "broken")]
+
+
+def test_a_finished_run_says_how_to_go_on(run, capsys):
+    run("--steps", "1")
+    assert run("--steps", "1") == 0
+    assert "higher --steps" in capsys.readouterr().out
+
+
+def test_metrics_after_the_checkpoint_are_cut_when_a_run_goes_on(run, tmp_path):
+    run("--steps", "2")
+    file = tmp_path / "runs" / "photos" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 4, "lost": true}\n{"step": 6, "los')
+    run("--steps", "4")
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+    assert not any("lost" in line for line in lines(tmp_path))
+
+
+def test_minutes_ends_a_run_cleanly_with_a_checkpoint(run, tmp_path, capsys):
+    assert run("--steps", "1000000", "--minutes", "0.02") == 0
+    assert "goes on from there" in capsys.readouterr().out
+    step = checkpoints.newest(tmp_path / "runs" / "photos" / "checkpoints")[1]["counters"]["step"]
+    assert 0 < step < 1000
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(run, tmp_path):
+    def when_it_trains():
+        for _ in range(600):
+            if (tmp_path / "runs" / "photos" / "metrics.jsonl").exists() and lines(tmp_path):
+                return signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=when_it_trains)
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    assert run("--steps", "1000000") == 143
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoints.newest(tmp_path / "runs" / "photos" / "checkpoints")[1]["counters"]["step"] >= 2
+
+
+def test_grey_pictures_and_an_odd_size_train(run, tmp_path):
+    assert run("--steps", "1", "--channels", "1", "--image-size", "48", "--patch", "12") == 0
+
+
+def test_skipped_files_are_named_and_stored_with_the_run(run, photos, tmp_path, capsys):
+    (Path(photos) / "broken.jpg").write_bytes(b"no picture")
+    assert run("--steps", "1") == 0
+    assert "broken.jpg" in capsys.readouterr().out
+    assert "broken.jpg" in (tmp_path / "runs" / "photos" / "skipped.txt").read_text()
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+def one_line(capsys):
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("training.py: "), text
+    return text
+
+
+def test_missing_empty_and_broken_folders_end_with_one_line_and_status_2(run, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty", "broken"):
+        assert run("--steps", "1", images=tmp_path / name) == 2
+        assert name in one_line(capsys)
+        assert not (tmp_path / "runs" / name).exists()
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--image-size", "100"], "multiple of 16"), (["--no-such-flag"], "--no-such-flag"), (["--steps", "x"], "--steps"),
+    (["--patch", "12"], "--patch 12")])
+def test_bad_flags_end_with_one_line_and_status_2(run, capsys, flags, words):
+    assert run(*flags) == 2
+    assert words in one_line(capsys)
+
+
+def test_other_sizes_are_refused_with_both_values(run, capsys):
+    run("--steps", "1")
+    capsys.readouterr()
+    assert run("--steps", "2", "--latent-dim", "24") == 2
+    line = one_line(capsys)
+    assert all(words in line for words in ("LATENT_DIM 16, not 24", "--latent-dim 16", "--run NEWNAME"))
+
+
+def test_two_folders_of_one_name_do_not_share_a_run(run, photos, tmp_path, capsys):
+    run("--steps", "1")
+    other = tmp_path / "elsewhere" / "photos"
+    shutil.copytree(photos, other)
+    capsys.readouterr()
+    assert run("--steps", "2", images=other) == 2
+    assert "--run NEWNAME" in one_line(capsys)
+    assert run("--steps", "2", "--run", "photos", images=other) == 0
+
+
+def test_what_may_change_is_applied_and_said(run, tmp_path, capsys):
+    run("--steps", "1")
+    assert run("--steps", "2", "--learning-rate", "0.5") == 0
+    assert "LEARNING_RATE is now 0.5, was 0.001" in capsys.readouterr().out
+    saved = checkpoints.newest(tmp_path / "runs" / "photos" / "checkpoints")[1]
+    assert saved["generator_optimizer"]["param_groups"][0]["lr"] == 0.5
+
+
+def test_a_runs_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file in the way")
+    assert run("--steps", "1") == 2
+    assert "not a directory" in one_line(capsys)
+
+
+# ------------------------------------------------------------------------------------- one step
+
+def test_a_step_leaves_the_global_generators_alone(small_state):
+    state, c, images = small_state
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    training.training_step(state, c, images)
+    assert torch.equal(before, torch.get_rng_state()) and np.array_equal(numpy_before, np.random.get_state()[1])
+
+
+def test_a_step_is_a_function_of_the_seed(photos, tmp_path):
+    images, weights = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0), []
+    for seed in ("1", "1", "2"):
+        c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--seed", seed])
+        state = training.new_state(c, torch.device("cpu"))
+        torch.manual_seed(len(weights))
+        training.training_step(state, c, images)
+        weights.append(vector(state.generator))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_each_side_moves_its_own_weights_only(small_state):
+    state, c, images = small_state
+    real = training.real_batch(state, c, images, 0)
+
+    def snapshot():
+        return [vector(m) for m in (state.critic, state.generator)]
+
+    critic, generator = snapshot()
+    training.critic_step(state, c, real, 0)
+    assert not torch.equal(critic, snapshot()[0]) and torch.equal(generator, snapshot()[1])
+    assert all(p.grad is None for p in state.generator.parameters())
+    critic, generator = snapshot()
+    training.generator_step(state, c, real)
+    assert torch.equal(critic, snapshot()[0]) and not torch.equal(generator, snapshot()[1])
+    assert all(p.requires_grad for p in state.critic.parameters())
+
+
+def test_the_layer_learns_in_the_generators_update(small_state):
+    state, c, images = small_state
+    before = state.generator.layer.to_s.weight.clone()
+    tokens = state.generator.layer.to_tokens.weight.clone()
+    for _ in range(2):                          # the first step only wakes the head, through which the rest learns
+        training.training_step(state, c, images)
+    assert not torch.equal(before, state.generator.layer.to_s.weight)
+    assert not torch.equal(tokens, state.generator.layer.to_tokens.weight)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
+    state, c, images = small_state
+    before = vector(state.critic)
+    real = training.real_batch(state, c, images, 0)
+    real[0, 0, 0, 0] = float("nan")
+    training.critic_step(state, c, real, 0)
+    assert torch.equal(before, vector(state.critic))
+    assert state.counters["skipped_updates"] == 1
+
+
+def test_the_penalty_comes_every_gp_every_updates_with_as_many_times_the_weight(small_state):
+    state, c, images = small_state
+    c.GP_EVERY, c.LAMBDA_DRIFT = 3, 0.0
+    real = training.real_batch(state, c, images, 0)
+    found = []
+    for step in range(6):
+        state.counters["step"] = step
+        values = training.critic_step(state, c, real, 0)
+        extra = values["critic_loss"] + values["score_gap"]
+        assert extra.item() == pytest.approx(30 * values.get("gradient_penalty", torch.zeros(())).item(), abs=1e-3)
+        found.append("gradient_penalty" in values)
+    assert found == [False, False, True, False, False, True]
+
+
+def test_ema_starts_as_a_copy_and_has_its_half_life(small_state):
+    state, c, _ = small_state
+    for parameter in state.generator.parameters():
+        parameter.data.fill_(1.0)
+    for parameter in state.ema.parameters():
+        parameter.data.zero_()
+    c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP = 0.04, 1e9                    # 40 images, 10 batches of 4
+    state.counters["images_seen"] = 4
+    for _ in range(10):
+        training.update_ema(state, c)
+    assert all(torch.allclose(p, torch.tensor(0.5), atol=1e-5) for p in state.ema.parameters())
+    state.counters["images_seen"] = 0
+    training.update_ema(state, c)
+    assert all(torch.equal(p, q) for p, q in zip(state.ema.parameters(), state.generator.parameters()))
+
+
+def test_the_critic_sees_each_image_once_an_epoch_with_several_updates_a_step(small_state):
+    state, c, images = small_state
+    c.N_CRITIC, seen = 3, []
+    seen = [tuple(training.real_batch(state, c, images, update)[i].flatten()[:40].tolist())
+            for update in range(3) for i in range(4)]
+    assert len(set(seen)) == 12
+
+
+# ------------------------------------------------------------------------------------- small parts
+
+def test_samples_come_early_and_then_at_their_distance():
+    steps = [s for s in range(5001) if training.is_sample_step(s, 1000)]
+    assert steps == [0, 50, 100, 200, 400, 800, 1000, 2000, 3000, 4000, 5000]
+    assert [s for s in range(61) if training.is_sample_step(s, 20)] == [0, 20, 40, 60]
+
+
+def test_a_run_of_more_than_a_day_says_what_would_fit_one():
+    c, _ = command_line.parse_constants(["--steps", "20000"])
+    line = training.duration_line(c, 8.0, 10)
+    assert "to fit a day, give --steps 10810, or --image-size 80" in line
+    assert "fit a day" not in training.duration_line(c, 1.0, 10)
