@@ -4,7 +4,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+torch.set_num_threads(1)       # the tensors here are small: two threads would mostly wait for one another
 
 # Flags of a run that takes a fraction of a second a step.
 SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--width-max", "32", "--latent-dim", "16",

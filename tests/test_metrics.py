@@ -11,7 +11,7 @@ import metrics
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for each other after each of many small steps take 10 times as long on a busy machine."""
+    """Threads that wait for each other after many small steps take 10 times as long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -190,9 +190,18 @@ def test_white_noise_against_plain_grey_is_the_mean_of_a_half_normal():
     assert levels[16] == pytest.approx(1000 * math.sqrt(2 / math.pi), rel=0.02)
 
 
-def test_plain_images_of_any_colour_are_as_far_away_as_black_ones():
-    plain = torch.full((30, 3, 32, 32), 0.3) + torch.tensor([0.0, 0.1, 0.5]).view(3, 1, 1)
-    assert distance(discs(30), plain)[1] == pytest.approx(distance(discs(30), torch.zeros(30, 3, 32, 32))[1])
+def test_plain_images_are_as_far_away_as_black_ones_rounding_or_not():
+    black = torch.zeros(30, 3, 32, 32)
+    rounded = black + 0.3 + 1e-6 * noise(30)
+    assert distance(discs(30), rounded)[1] == pytest.approx(distance(discs(30), black)[1], rel=0.05)
+
+
+def test_fine_pattern_is_seen_at_the_finest_level_alone():
+    """The blur takes a chessboard of single pixels away whole: 1 - 4 + 6 - 4 + 1 = 0."""
+    images = discs(30, 64)
+    board = torch.arange(64).view(-1, 1).add(torch.arange(64)).remainder(2) - 0.5
+    levels, _ = distance(images + 0.2 * board, images)
+    assert levels[64] > 50 and levels[32] < 0.1 and levels[16] < 0.1
 
 
 def test_brightness_and_contrast_that_all_images_share_are_not_seen():
