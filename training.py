@@ -383,7 +383,7 @@ def cut_metrics(file, step):
 
 
 def print_start(c, state, image_set):
-    print(textwrap.fill(",  ".join(f"{name} {value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
+    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
     print(f"{'part':28}{'parameters':>12}{'multiply-adds an image':>26}")
     for name, parameters, count in model_definitions.summary(state.generator, state.critic, c.BATCH_SIZE):
         print(f"{name:28}{parameters:12,}{count:26,}")

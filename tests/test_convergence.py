@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
 
 import command_line
 import data
 import metrics
 import training
-from conftest import SMALL
 
 STEPS = 300
 # How the margins were chosen: with seeds 0, 1 and 2 the reconstruction error after 300 steps was MEASURED of its

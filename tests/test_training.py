@@ -61,7 +61,7 @@ def test_a_run_leaves_what_a_person_looks_for(run, tmp_path, capsys):
     assert lines(tmp_path)[-1]["images_seen"] == 16
     assert {"critic_loss", "score_gap", "gradient_norm", "wasserstein", "reconstruction", "kl", "posterior_variance",
             "alpha_mean", "alpha_min", "alpha_max", "images_per_second"} <= lines(tmp_path)[-1].keys()
-    for words in ("TRANSFORMER_IN_CHANNELS 48", "multiply-adds", "Transformer", "4 steps will take", "step 4/4",
+    for words in ("TRANSFORMER_IN_CHANNELS=48", "multiply-adds", "Transformer", "4 steps will take", "step 4/4",
                   "12 images to train on"):
         assert words in out
     assert (folder / "checkpoints" / "step_00000004.pt").exists()
