@@ -334,8 +334,7 @@ class Cache:
         """Adds [(path, (size, mtime_ns), pixels or None, note)] to both files; pixels get a new slot."""
         lines = []
         with open(self.pixel_file, "r+b") as file:
-            file.seek(self.slots * self.image_bytes)
-            file.truncate()    # what a killed process wrote and could not note
+            file.seek(self.slots * self.image_bytes)    # over what a killed process wrote and could not note
             for path, state, pixels, note in decoded:
                 slot = None
                 if pixels is not None:
@@ -582,9 +581,7 @@ def write_skipped(image_set, file):
 def _permutation(count, seed, purpose, epoch):
     from random_keys import numpy_generator
 
-    order = numpy_generator(seed, purpose, epoch).permutation(count)
-    order.setflags(write=False)    # shared by all calls
-    return order
+    return numpy_generator(seed, purpose, epoch).permutation(count)
 
 
 def batch_indices(count, seed, position, batch_size, purpose="order"):
