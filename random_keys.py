@@ -36,4 +36,4 @@ def generator(seed, purpose, *numbers):
     On the CPU for every device: then a run draws the same numbers on each of them.
     """
     state = seed_sequence(seed, purpose, *numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))    # manual_seed takes a signed 64-bit number
+    return torch.Generator().manual_seed(int(state) >> 1)    # manual_seed takes a signed 64-bit number

@@ -463,6 +463,9 @@ def main(argv=None):
     except (InputError, DataError, CheckpointError) as error:
         print(f"training.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:             # before the loop, whose own handler ends it after a step
+        print("training.py: stopped; the same command reads on where it was", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
