@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import signal
 import sys
 import textwrap
@@ -328,11 +327,13 @@ def load_data(c):
     """The ImageSet of DATA, or of the demo set; skipped files are named."""
     root = c.DATA
     if not root:
-        size = max(c.IMAGE_SIZE, 64)
-        root = demo_images.make(Path(c.RUNS_DIR) / f"demo_images_{size}", size=size)
-    workers = (os.cpu_count() or 1) if c.NUM_WORKERS < 0 else c.NUM_WORKERS
-    image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, Path(c.RUNS_DIR) / ".cache", c.BACKGROUND, workers,
-                                 c.HELD_OUT_SHARE, c.HELD_OUT_MIN)
+        root = Path(c.RUNS_DIR) / f"demo_images_{c.IMAGE_SIZE}"
+        try:
+            demo_images.make(root, size=c.IMAGE_SIZE)
+        except (ValueError, OSError) as error:
+            raise InputError(f"the demo set can't be drawn: {error}; give --data or another --runs-dir") from None
+    image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, Path(c.RUNS_DIR) / ".cache", c.BACKGROUND,
+                                 c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN)
     for line in data.summary_lines(image_set):
         print(line)
     return image_set

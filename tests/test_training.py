@@ -135,6 +135,19 @@ def test_skipped_files_are_named_and_stored_with_the_run(run, photos, tmp_path, 
     assert "broken.jpg" in (tmp_path / "runs" / "photos" / "skipped.txt").read_text()
 
 
+def test_without_data_the_demo_set_is_drawn_and_trained_on(tmp_path, monkeypatch, capsys):
+    make = training.demo_images.make
+    monkeypatch.setattr(training.demo_images, "make", lambda folder, size: make(folder, 16, size))
+    argv = ["--runs-dir", str(tmp_path / "runs"), "--steps", "1", *SMALL]
+    assert training.main(argv) == 0
+    assert "16 images to train on" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "demo" / "checkpoints" / "step_00000001.pt").exists()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").write_text("a file in the way")
+    assert training.main(argv) == 2
+    assert "the demo set can't be drawn" in one_line(capsys)
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 def one_line(capsys):
