@@ -12,12 +12,8 @@ import argparse
 import io
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,6 @@ from tqdm import tqdm
 
 FORMAT = 1  # goes up when the drawings change, so that an older set is drawn again
 MARKER = "demo_set.json"
-WORTH_PROCESSES = 1000 * 128 * 128  # pixels; drawing fewer takes less time than starting processes
 
 # Sky from the zenith to the horizon, then the light's and the shadow's colour: OKLCH, hue in turns.
 SKIES = {
@@ -155,7 +150,7 @@ class Scene:
         """Sum of soft glows: points (n, 2), radii across and down (n, 2), strength (n, 1) -> (size, size)."""
         across = np.exp(-((self.axis - points[:, :1]) / radii[:, :1]) ** 2)
         down = np.exp(-((self.axis - points[:, 1:]) / radii[:, 1:]) ** 2)
-        # Not a matrix product: BLAS would start threads in every process, and these fight for the cores.
+        # Not a matrix product: BLAS would wake threads for it, which cost more than they bring.
         return np.einsum("nh,nw->hw", (down * strength).astype(np.float32), across.astype(np.float32))
 
     def volume(self, distance, depth):
@@ -372,46 +367,18 @@ def write(path: Path, content: bytes):
         part.unlink(missing_ok=True)
 
 
-def draw_files(folder: Path, indices: list, size: int, seed: int) -> int:
-    """Draws some pictures into their class folders; returns how many."""
+def draw_files(folder: Path, indices: list, size: int, seed: int, progress: bool):
+    """Draws some pictures into their class folders."""
     # A large block, freed again, teaches glibc to keep memory instead of handing each array's back to the
     # system at once: 7 instead of 10 ms a picture.
     np.empty(2 ** 24, np.uint8)
-    for index in indices:
+    # disable=None: a bar on terminals only
+    for index in tqdm(indices, desc="drawing the demo set", unit="img", disable=None if progress else True):
         path, content = folder / factors(index, seed)["sky"] / file_name(index), io.BytesIO()
         path.parent.mkdir(exist_ok=True)
         # A tenth of PNG's time and half its size; at this quality and full colour resolution nobody sees it.
         Image.fromarray(draw(index, size, seed)).save(content, "JPEG", quality=95, subsampling=0)
         write(path, content.getvalue())
-    return len(indices)
-
-
-def start_worker():
-    """Ctrl-C is the parent's to handle, and a parent that was killed takes its workers along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def draw_missing(folder, missing, size, seed, progress):
-    """Draws the numbers in `missing`, over all cores where there is enough to do."""
-    chunks = [missing[i:i + 16] for i in range(0, len(missing), 16)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    disable = None if progress else True  # None: a bar on terminals only
-    with tqdm(total=len(missing), desc="drawing the demo set", unit="img", disable=disable) as bar:
-        if cores == 1 or len(missing) * size * size < WORTH_PROCESSES:
-            for chunk in chunks:
-                bar.update(draw_files(folder, chunk, size, seed))
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(cores, 16), context, start_worker) as pool:
-            try:
-                futures = [pool.submit(draw_files, folder, chunk, size, seed) for chunk in chunks]
-                for future in as_completed(futures):
-                    bar.update(future.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
 
 
 def read_marker(folder: Path) -> dict:
@@ -447,7 +414,7 @@ def make(folder: Path, count: int = 4096, size: int = 128, seed: int = 0, progre
     missing = [index for index in range(count) if file_name(index) not in there]
     if missing or not complete:
         write(folder / MARKER, json.dumps(wanted | {"complete": False}).encode())
-        draw_missing(folder, missing, size, seed, progress)
+        draw_files(folder, missing, size, seed, progress)
         write(folder / MARKER, json.dumps(wanted | {"complete": True}).encode())
     return folder
 

@@ -1,7 +1,6 @@
 """The built-in demo set: pure functions, independent factors, a folder that survives interruption."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -221,15 +220,6 @@ def test_a_lost_picture_or_a_damaged_marker_is_mended(tmp_path):
         (folder / "demo_set.json").write_text(damage)
         make(folder, count=20, size=16, progress=False)
         assert pictures_in(folder) == before
-
-
-def test_several_processes_draw_what_one_draws(tmp_path, monkeypatch):
-    alone = pictures_in(make(tmp_path / "alone", count=50, size=32, progress=False))
-    monkeypatch.setattr(demo_images, "WORTH_PROCESSES", 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    stop_after(0, monkeypatch)  # in this process, not in those that start afresh
-    together = pictures_in(make(tmp_path / "together", count=50, size=32, progress=False))
-    assert together == alone
 
 
 # ---------------------------------------------------------------- bad input and the command line
