@@ -20,12 +20,12 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 
 .venv/run.stamp: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || (rm -rf .venv; false)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/dev.stamp: requirements.txt requirements-dev.txt requirements-extras.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || (rm -rf .venv; false)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

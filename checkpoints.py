@@ -82,19 +82,27 @@ def load(file, device="cpu"):
     return state
 
 
-def newest(folder, device="cpu", warn=print):
+def newest(folder, device="cpu", warn=print, set_aside=False):
     """(file, state) of the newest readable step file of a folder, or None where it holds none at all.
 
-    A damaged one is named through `warn` and passed over. Raises CheckpointError where all are damaged.
+    A damaged one is named through `warn` and passed over; with set_aside it is renamed too, to *.damaged, so that
+    it does not count among the KEEP that `save` keeps. Raises CheckpointError, and renames nothing, where all are
+    damaged.
     """
-    files = step_files(folder)
+    files, damaged = step_files(folder), []
     for file in reversed(files):
         try:
-            return file, load(file, device)
+            state = load(file, device)
         except CheckpointError as error:
-            warn(str(error))
+            damaged.append(file)
+            warn(f"{error}; trying the one before")
+            continue
+        for bad in damaged if set_aside else []:
+            bad.rename(bad.with_name(bad.name + ".damaged"))
+        return file, state
     if files:
-        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints can be read; nothing was changed")
+        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints can be read; nothing was changed, "
+                              "--run NEWNAME starts a new run")
     return None
 
 

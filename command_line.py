@@ -7,6 +7,7 @@ Every constant above config.py's last ruler is a flag: IMAGE_SIZE is `--image-si
 import argparse
 import ast
 import inspect
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -35,7 +36,8 @@ LIMITS = {
     "CRITIC_LEARNING_RATE": (lambda v: v > 0, "above 0"),
     "EMA_RAMP": (lambda v: v > 0, "above 0"),
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
-    "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\]*", v) is not None, "a name without slashes or a dot in front"),
+    "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]{0,100}", v) is not None,
+            "a name of at most 100 characters without slashes or a dot in front"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
@@ -120,8 +122,8 @@ def check(constants):
             continue
         else:
             zero = name in MAY_BE_ZERO
-            allowed, words = (lambda v: v >= 0, "0 or more") if zero else (lambda v: v > 0, "above 0")
-        if value != value or not allowed(value):          # the first is true for nan alone
+            allowed, words = (lambda v: v >= 0, "0 or more") if zero else (lambda v: v > 0, "a number above 0")
+        if (isinstance(value, float) and not math.isfinite(value)) or not allowed(value):
             sizes = f" ({', '.join(map(str, IMAGE_SIZES))})" if name == "IMAGE_SIZE" else ""
             raise InputError(f"{flag(name)} {value} can't be: give {words}{sizes}")
     c = constants

@@ -197,12 +197,13 @@ def read_photo(path, image_size, channels, background=255):
 
 # ---------------------------------------------------------------- finding the files
 
-def _walk(root):
+def _walk(root, leave_out=None):
     """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted by path, and
     [(relative path, reason)] of what cannot be used.
 
     Folders are told apart by (device, inode). Links are followed after all real folders, so that an image
-    keeps its real path; links to root or to a folder around it lead nowhere.
+    keeps its real path; links to root or to a folder around it lead nowhere. The folder leave_out below root is
+    passed over.
     """
     def identity(path):
         status = os.stat(path)
@@ -210,6 +211,8 @@ def _walk(root):
 
     around = pathlib.Path(os.path.realpath(root)).parents
     visited = {identity(folder) for folder in around if folder.exists()}
+    if leave_out is not None and os.path.exists(leave_out) and not os.path.samefile(leave_out, root):
+        visited.add(identity(leave_out))
     files, skipped = {}, []
     folders, links = [""], collections.deque()
     while folders or links:
@@ -240,7 +243,7 @@ def _walk(root):
     return dict(sorted(files.items())), skipped
 
 
-def find_files(root):
+def find_files(root, leave_out=None):
     """torchvision's ImageFolder without its demand for class folders: returns what `_walk` does.
 
     Raises DataError when root is no folder or holds nothing that looks like an image.
@@ -252,7 +255,7 @@ def find_files(root):
             return ["all"], {"all": 0}    # the models are unconditional
 
         def make_dataset(self, directory, **_):
-            self.files, self.skipped = _walk(directory)
+            self.files, self.skipped = _walk(directory, leave_out)
             return [(os.path.join(directory, path), 0) for path in self.files]
 
     if not os.path.isdir(root):
@@ -506,18 +509,19 @@ def _scan(root, cache, files, todo, settings, workers, progress):
     return passing
 
 
-def load_images(root, image_size, channels, cache_dir, background=255, workers=-1, held_out_share=0.05,
-                held_out_min=64, progress=True):
+def load_images(root, image_size, channels, cache_dir, background=255, workers=-1, held_out_share=0.02,
+                held_out_min=64, leave_out=None, progress=True):
     """Scans, decodes and caches the images below `root`; a later call decodes only what is new or changed.
 
     Each image is image_size x image_size with 1 or 3 channels; transparent parts show `background`, a grey
     level or three levels, 0..255. `workers` processes decode (-1: one a core, 0: this process alone). About
     held_out_share of the images is kept from training, none when that is fewer than held_out_min: an image
     goes where the hash of its pixels sends it, so that equal images stay on one side, and stay there when
-    files are added. Returns an ImageSet. Raises DataError.
+    files are added. `leave_out` is a folder that is not looked into, such as the one that runs write their own
+    pictures to. Returns an ImageSet. Raises DataError.
     """
     root, background = os.path.expanduser(os.fspath(root)), _levels(background)
-    files, skipped = find_files(root)
+    files, skipped = find_files(root, leave_out)
     folder = _cache_folder(root, image_size, channels, background, os.fspath(cache_dir))
     try:
         with _locked(folder):

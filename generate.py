@@ -106,7 +106,7 @@ def positive(kind):
         if not 0 < value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} can't be: give a number above 0")
         return value
-    convert.__name__ = "number"
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
     return convert
 
 
@@ -154,6 +154,9 @@ def main(argv=None):
     except (InputError, CheckpointError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("generate.py: stopped", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"generate.py: {error.filename or arguments.out}: can't be written ({error.strerror})", file=sys.stderr)
         return 2

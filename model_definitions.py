@@ -177,7 +177,7 @@ class SyntheticVideo(nn.Module):
     def __init__(self, num_frames, channels, image_size, shift, brightness, noise):
         super().__init__()
         self.num_frames, self.channels, self.brightness, self.noise = num_frames, channels, brightness, noise
-        self.pad = max(1, round(shift * image_size))          # the largest shift, pixels
+        self.pad = round(shift * image_size)          # the largest shift, pixels
 
     def draw(self, height, width, generator=None):
         """What is done to the frames: shifts [(dy, dx)] * T in whole pixels, and what is added, (T*C, H or 1, W or 1).
@@ -205,7 +205,7 @@ class SyntheticVideo(nn.Module):
         padded = F.pad(picture, [self.pad] * 4, mode="replicate")
         frames = [padded[:, :, self.pad + dy:self.pad + dy + height, self.pad + dx:self.pad + dx + width]
                   for dy, dx in shift]
-        return torch.cat(frames, dim=1) + change.to(picture, non_blocking=True)
+        return torch.cat(frames, dim=1) + change.to(picture)
 
     def embed(self, picture, conv, generator=None):
         """conv(self(picture, generator)), without making the frames: (B, C, H, W) -> (B, D, H/PATCH, W/PATCH).
@@ -220,7 +220,7 @@ class SyntheticVideo(nn.Module):
         kernels = conv.weight.unflatten(1, (self.num_frames, self.channels)).unbind(1)       # T of (D, C, PATCH, PATCH)
         kernel = sum(F.pad(k, (pad + dx, pad - dx, pad + dy, pad - dy)) for k, (dy, dx) in zip(kernels, shift))
         padded = F.pad(picture, [pad] * 4, mode="replicate")
-        added = change.to(picture, non_blocking=True).expand(-1, height, width)[None]
+        added = change.to(picture).expand(-1, height, width)[None]
         return F.conv2d(padded, kernel, stride=patch) + conv(added)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import signal
 import sys
 import textwrap
@@ -70,7 +71,7 @@ class State:
 def new_state(c, device):
     """Networks and optimizers at their start, a function of SEED; torch's global generator is put back."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
+        torch.default_generator.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
         generator, critic = model_definitions.build(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
     ema = copy.deepcopy(generator).requires_grad_(False)
@@ -92,16 +93,15 @@ def real_batch(state, c, image_set, update):
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.draw(c, "flip", update)).numpy() < 0.5
     batch = data.read_batch(image_set, indices, flips)
-    if state.device.type == "cuda":
-        batch = batch.pin_memory()
-    batch = batch.to(state.device, non_blocking=True)
-    return data.to_image(batch).contiguous(memory_format=torch.channels_last)
+    if state.device.type == "cuda":                 # only from pinned memory, and on CUDA, is the short cut safe
+        batch = batch.pin_memory().to(state.device, non_blocking=True)
+    return data.to_image(batch.to(state.device)).contiguous(memory_format=torch.channels_last)
 
 
 def draw_z(state, c, purpose, update=0):
     """Noise (B, LATENT_DIM) from N(0, I)."""
     z = torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=state.draw(c, purpose, update))
-    return z.to(state.device, non_blocking=True)
+    return z.to(state.device)
 
 
 def apply_update(state, loss, model, optimizer):
@@ -124,7 +124,7 @@ def critic_step(state, c, real, update):
     values = {}
     penalty, weight = torch.zeros((), device=state.device), 0.0
     if (state.counters["step"] * c.N_CRITIC + update + 1) % c.GP_EVERY == 0:
-        e = torch.rand(len(real), generator=state.draw(c, "between", update)).to(state.device, non_blocking=True)
+        e = torch.rand(len(real), generator=state.draw(c, "between", update)).to(state.device)
         norm = losses.gradient_norm(state.critic, losses.between(real, fake, e))
         penalty, weight = losses.gradient_penalty(norm), c.LAMBDA_GP * c.GP_EVERY
         values = {"gradient_norm": norm.detach().mean(), "gradient_penalty": penalty.detach()}
@@ -190,7 +190,6 @@ def is_sample_step(step, every):
 @torch.no_grad()
 def write_samples(state, c, image_set, folder):
     """Sheets from fixed noise and fixed pictures: real, generated, reconstructed, alpha maps, synthetic video."""
-    folder.mkdir(exist_ok=True)
     columns = math.ceil(math.sqrt(c.SAMPLE_COUNT))
     shown = image_set.held_out if len(image_set.held_out) else image_set.train
     order = random_keys.numpy_generator(c.SEED, "pictures to reconstruct").permutation(len(shown))
@@ -229,22 +228,16 @@ class Log:
     def __init__(self, run_folder, c, step):
         self.c, self.first_step, self.started = c, step, time.monotonic()
         self.last_line = self.last_time = self.started
-        self.last_step, self.estimated = step, False
+        self.last_step, self.first_step_done = step, None
         self.file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=c.STEPS, initial=step, unit="step", dynamic_ncols=True, disable=not terminal)
-
-    def say(self, text):
-        """A line on the standard output, above the bar."""
-        tqdm.write(text) if not self.bar.disable else print(text, flush=True)
+        self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
+                        bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
 
     def step(self, state, values):
-        """Takes the scalars of one step; writes them down each LOG_EVERY steps."""
+        """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps."""
         c, step, now = self.c, state.counters["step"], time.monotonic()
         self.bar.update(1)
-        if not self.estimated and step >= self.first_step + min(10, c.STEPS - self.first_step):
-            self.estimated = True
-            self.say(duration_line(c, (now - self.started) / (step - self.first_step), step))
+        self.say_duration(step, now)
         if step % c.LOG_EVERY:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -252,23 +245,33 @@ class Log:
             values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        line = {**state.counters, **values, "images_per_second": round(speed, 2),
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
+        line = {**state.counters, **finite, "images_per_second": round(speed, 2),
                 "seconds": round(now - self.started, 2)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.show(step, values, speed, now)
 
+    def say_duration(self, step, now):
+        """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
+        if step == self.first_step + 1:
+            self.first_step_done = now
+        elif step == self.first_step + 11:
+            tqdm.write(duration_line(self.c, (now - self.first_step_done) / 10, step))
+
     def show(self, step, values, speed, now):
-        short = {"img/s": f"{speed:.1f}", "L_D": values["critic_loss"], "gap": values["score_gap"],
-                 "norm": values.get("gradient_norm"), "W": values.get("wasserstein"), "rec": values["reconstruction"],
-                 "KL": values["kl"], "alpha": f"{values['alpha_mean']:.2f} "
-                 f"({values['alpha_min']:.2f}..{values['alpha_max']:.2f})"}
-        text = "  ".join(f"{k} {v if isinstance(v, str) else f'{v:.3g}'}" for k, v in short.items() if v is not None)
-        self.bar.set_postfix_str(text, refresh=False)
+        names = {"D": "critic_loss", "gap": "score_gap", "norm": "gradient_norm", "W": "wasserstein",
+                 "rec": "reconstruction", "KL": "kl", "alpha": "alpha_mean"}
+        left = (now - self.started) / (step - self.first_step) * (self.c.STEPS - step)
+        if self.c.MINUTES:
+            left = min(left, max(0, 60 * self.c.MINUTES - (now - self.started)))
+        text = f"{in_words(left)} left {speed:.1f} img/s " + " ".join(
+            f"{short} {values[name]:.3g}" for short, name in names.items() if name in values)
+        text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
+        self.bar.set_description_str(text, refresh=False)
         if self.bar.disable and (now - self.last_line > PLAIN_LINE_SECONDS or step + self.c.LOG_EVERY > self.c.STEPS):
             self.last_line = now
-            left = (now - self.started) / (step - self.first_step) * (self.c.STEPS - step)
-            print(f"step {step}/{self.c.STEPS}  {in_words(left)} left  {text}", flush=True)
+            print(f"step {step}/{self.c.STEPS} {text}", flush=True)
 
     def close(self):
         self.bar.close()
@@ -304,8 +307,13 @@ def prepare_constants(argv):
     """The run's constants with DATA and RUN filled in, and the names that were given as flags."""
     c, given = command_line.parse_constants(argv, "training.py", __doc__)
     if c.DATA:
-        c.DATA = str(Path(c.DATA).expanduser().resolve())
-        c.RUN = c.RUN or Path(c.DATA).name or "images"
+        root = Path(os.path.expanduser(c.DATA)).resolve()
+        c.DATA = str(root)
+        c.RUN = c.RUN or root.name.lstrip(".")[:100] or "images"
+        runs = Path(c.RUNS_DIR).resolve()
+        if (runs / c.RUN).is_relative_to(root) and (runs == root or not runs.is_relative_to(root)):
+            raise InputError(f"the run's folder {runs / c.RUN} lies among the images, where the next start would train "
+                             "on its samples: give another --runs-dir")
     else:
         c.RUN = c.RUN or "demo"
     return c, given
@@ -315,7 +323,8 @@ def make_run_folder(c, image_set):
     """The run's folder with what is known at the start: config.json and the names of skipped files."""
     folder = Path(c.RUNS_DIR) / c.RUN
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for part in (folder / "samples", folder / "checkpoints"):
+            part.mkdir(parents=True, exist_ok=True)
         checkpoints.write_atomically(folder / "config.json", lambda f: f.write(json.dumps(vars(c), indent=2).encode()))
         data.write_skipped(image_set, folder / "skipped.txt")
     except OSError as error:
@@ -333,7 +342,7 @@ def load_data(c):
         except (ValueError, OSError) as error:
             raise InputError(f"the demo set can't be drawn: {error}; give --data or another --runs-dir") from None
     image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, Path(c.RUNS_DIR) / ".cache", c.BACKGROUND,
-                                 c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN)
+                                 c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
     for line in data.summary_lines(image_set):
         print(line)
     return image_set
@@ -347,7 +356,7 @@ def check_continuing(c, given, saved):
                              f"{command_line.flag(name)} {saved[name]}, or --run NEWNAME for a new run")
     if "RUN" not in given and saved["DATA"] != c.DATA:
         raise InputError(f"run {c.RUN} was made from {saved['DATA'] or 'the demo set'}, not "
-                         f"{c.DATA or 'the demo set'}: give --run NEWNAME, or --run {c.RUN} to go on with other images")
+                         f"{c.DATA or 'the demo set'}: give --run NEWNAME")
     for name, old in saved.items():
         new = getattr(c, name, None)
         if new is not None and new != old and name != "RUNS_DIR":
@@ -357,7 +366,7 @@ def check_continuing(c, given, saved):
 def continue_or_start(c, given, device):
     """The newest checkpoint's state, or a new one."""
     state, folder = new_state(c, device), Path(c.RUNS_DIR) / c.RUN
-    found = checkpoints.newest(folder / "checkpoints", device)
+    found = checkpoints.newest(folder / "checkpoints", device, set_aside=True)
     if found is None:
         return state
     file, saved = found
@@ -377,7 +386,7 @@ def cut_metrics(file, step):
         try:
             if json.loads(line)["step"] > step:
                 break
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             break
         kept.append(line)
     checkpoints.write_atomically(file, lambda handle: handle.write("".join(kept).encode()))
@@ -403,6 +412,7 @@ class StopSignal:
         return self
 
     def receive(self, number, _frame):
+        os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")   # print may be busy
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -413,32 +423,36 @@ class StopSignal:
 
 def train(state, c, image_set, folder):
     """The loop: step, log, samples, checkpoint, until STEPS, MINUTES or a signal. Returns the exit status."""
-    log = Log(folder, c, state.counters["step"])
-    started = last_saved = time.monotonic()
+    counters, samples = state.counters, folder / "samples"
 
     def save():
         saved = {**state.state_dict(), "constants": dict(vars(c))}
-        return checkpoints.save(folder / "checkpoints", saved, state.counters["step"])
+        return checkpoints.save(folder / "checkpoints", saved, counters["step"])
 
     with StopSignal() as stop:
-        if state.counters["step"] == 0:
-            write_samples(state, c, image_set, folder / "samples")
-        while state.counters["step"] < c.STEPS and stop.number is None:
+        if counters["step"] == 0:
+            write_samples(state, c, image_set, samples)
+        log = Log(folder, c, counters["step"])
+        started = last_saved = time.monotonic()
+        due = False
+        while counters["step"] < c.STEPS and stop.number is None:
             if c.MINUTES and time.monotonic() - started > 60 * c.MINUTES:
                 break
+            skipped_before = counters["skipped_updates"]
             log.step(state, training_step(state, c, image_set))
-            step = state.counters["step"]
-            if is_sample_step(step, c.SAMPLE_EVERY):
-                write_samples(state, c, image_set, folder / "samples")
-            if step % c.CHECKPOINT_EVERY == 0 or time.monotonic() - last_saved > 60 * c.CHECKPOINT_MINUTES:
+            if is_sample_step(counters["step"], c.SAMPLE_EVERY):
+                write_samples(state, c, image_set, samples)
+            due = due or counters["step"] % c.CHECKPOINT_EVERY == 0 or (
+                time.monotonic() - last_saved > 60 * c.CHECKPOINT_MINUTES)
+            if due and counters["skipped_updates"] == skipped_before:      # so every regular checkpoint is a good one
                 save()
-                last_saved = time.monotonic()
-        file = save()
-        write_samples(state, c, image_set, folder / "samples")
+                due, last_saved = False, time.monotonic()
         log.close()
-    step = state.counters["step"]
-    print(f"step {step} of {c.STEPS}: checkpoint {file}, pictures in {folder / 'samples'}")
-    if step < c.STEPS:
+        file = save()
+        if stop.number is None:                         # whoever sent a signal waits for the end
+            write_samples(state, c, image_set, samples)
+    print(f"step {counters['step']} of {c.STEPS}: checkpoint {file}, pictures in {samples}")
+    if counters["step"] < c.STEPS:
         print("the same command again goes on from there")
     return 0 if stop.number is None else 128 + stop.number
 
@@ -464,6 +478,10 @@ def main(argv=None):
     except (InputError, DataError, CheckpointError) as error:
         print(f"training.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"training.py: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:             # before the loop, whose own handler ends it after a step
         print("training.py: stopped; the same command reads on where it was", file=sys.stderr)
         return 130

@@ -39,6 +39,8 @@ def test_flags_overrule_config_and_derived_constants_follow():
     (["--batch-siz", "3"], ["--batch-siz"]),
     (["--batch-size", "0"], ["--batch-size 0", "above 0"]),
     (["--lambda-gp", "nan"], ["--lambda-gp nan"]),
+    (["--learning-rate", "inf"], ["--learning-rate inf"]),
+    (["--run", "x" * 101], ["100 characters"]),
     (["--learning-rate", "-1"], ["--learning-rate -1", "above 0"]),
     (["--patch", "10"], ["--patch 10", "4, 8, 16"]),
     (["--image-size", "48", "--patch", "32"], ["--patch 32", "--image-size 48", "4, 8, 12, 16"]),

@@ -51,21 +51,21 @@ def vector(model):
 # ------------------------------------------------------------------------------------- a run from outside
 
 def test_a_run_leaves_what_a_person_looks_for(run, tmp_path, capsys):
-    assert run("--steps", "4") == 0
+    assert run("--steps", "12") == 0
     folder, out = tmp_path / "runs" / "photos", capsys.readouterr().out
     for kind, suffix in (("real", "png"), ("generated", "png"), ("reconstructed", "png"), ("alpha", "png"),
                          ("video", "gif")):
-        for step in (0, 4):
+        for step in (0, 12):
             Image.open(folder / "samples" / f"step_{step:08d}_{kind}.{suffix}").load()
     assert json.loads((folder / "config.json").read_text())["IMAGE_SIZE"] == 32
-    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
-    assert lines(tmp_path)[-1]["images_seen"] == 16
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+    assert lines(tmp_path)[-1]["images_seen"] == 48
     assert {"critic_loss", "score_gap", "gradient_norm", "wasserstein", "reconstruction", "kl", "posterior_variance",
             "alpha_mean", "alpha_min", "alpha_max", "images_per_second"} <= lines(tmp_path)[-1].keys()
-    for words in ("TRANSFORMER_IN_CHANNELS=48", "multiply-adds", "Transformer", "4 steps will take", "step 4/4",
+    for words in ("TRANSFORMER_IN_CHANNELS=48", "multiply-adds", "Transformer", "12 steps will take", "step 12/12",
                   "12 images to train on"):
         assert words in out
-    assert (folder / "checkpoints" / "step_00000004.pt").exists()
+    assert (folder / "checkpoints" / "step_00000012.pt").exists()
 
 
 def test_the_same_command_goes_on_and_equals_a_run_without_a_break(run, tmp_path, capsys):
@@ -146,6 +146,45 @@ def test_without_data_the_demo_set_is_drawn_and_trained_on(tmp_path, monkeypatch
     (tmp_path / "runs").write_text("a file in the way")
     assert training.main(argv) == 2
     assert "the demo set can't be drawn" in one_line(capsys)
+
+
+def test_a_runs_own_pictures_are_never_training_images(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    for steps in ("1", "2"):
+        assert training.main(["--data", ".", "--steps", steps, *SMALL]) == 0
+        assert "12 images to train on" in capsys.readouterr().out
+    assert training.main(["--data", ".", "--runs-dir", ".", "--steps", "1", *SMALL]) == 2
+    assert "among the images" in one_line(capsys)
+    assert training.main(["--data", "runs/photos", "--runs-dir", "runs", "--steps", "1", *SMALL]) == 2
+    assert "among the images" in one_line(capsys)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_does_not_count_as_kept(run, tmp_path, capsys):
+    folder = tmp_path / "runs" / "photos" / "checkpoints"
+    run("--steps", "1")
+    run("--steps", "2")
+    (folder / "step_00000002.pt").write_bytes(b"damaged")
+    assert run("--steps", "3") == 0
+    assert "step_00000002.pt" in capsys.readouterr().out
+    left = sorted(file.name for file in folder.iterdir())
+    assert left == ["step_00000001.pt", "step_00000002.pt.damaged", "step_00000003.pt"]
+
+
+def test_no_regular_checkpoint_is_written_after_a_skipped_update(run, tmp_path, monkeypatch):
+    one_step, saved = training.training_step, []
+
+    def step_with_nan(state, c, images):
+        values = one_step(state, c, images)
+        if state.counters["step"] in (2, 3):
+            state.counters["skipped_updates"] += 1
+            values["kl"] = torch.tensor(float("nan"))
+        return values
+
+    monkeypatch.setattr(training, "training_step", step_with_nan)
+    monkeypatch.setattr(training.checkpoints, "save", lambda folder, state, step: saved.append(step))
+    run("--steps", "5", "--checkpoint-every", "2")
+    assert saved == [4, 5]
+    assert [line["kl"] is None for line in lines(tmp_path)] == [True, False]
 
 
 # ------------------------------------------------------------------------------------- bad input
