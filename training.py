@@ -449,7 +449,8 @@ def train(state, c, image_set, folder):
                 due, last_saved = False, time.monotonic()
         log.close()
         file = save()
-        if stop.number is None:                         # whoever sent a signal waits for the end
+        # Whoever sent a signal waits for the end.
+        if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
             write_samples(state, c, image_set, samples)
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file}, pictures in {samples}")
     if counters["step"] < c.STEPS:
