@@ -65,6 +65,13 @@ def flag(name):
     return "--" + name.lower().replace("_", "-")
 
 
+def as_given(name, value):
+    """How a user gives a constant this value: --image-size 64, --flip, --no-flip."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag(name).replace("--", "--no-", 1)
+    return f"{flag(name)} {value}"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors of one line, not a usage text and an exit; no abbreviations."""
 

@@ -353,7 +353,7 @@ def check_continuing(c, given, saved):
     for name in SIZES:
         if saved[name] != getattr(c, name):
             raise InputError(f"run {c.RUN} was made with {name} {saved[name]}, not {getattr(c, name)}: give "
-                             f"{command_line.flag(name)} {saved[name]}, or --run NEWNAME for a new run")
+                             f"{command_line.as_given(name, saved[name])}, or --run NEWNAME for a new run")
     if "RUN" not in given and saved["DATA"] != c.DATA:
         raise InputError(f"run {c.RUN} was made from {saved['DATA'] or 'the demo set'}, not "
                          f"{c.DATA or 'the demo set'}: give --run NEWNAME")

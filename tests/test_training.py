@@ -220,6 +220,8 @@ def test_other_sizes_are_refused_with_both_values(run, capsys):
     assert run("--steps", "2", "--latent-dim", "24") == 2
     line = one_line(capsys)
     assert all(words in line for words in ("LATENT_DIM 16, not 24", "--latent-dim 16", "--run NEWNAME"))
+    assert run("--steps", "2", "--alpha-per-channel") == 2
+    assert "give --no-alpha-per-channel," in one_line(capsys)
 
 
 def test_two_folders_of_one_name_do_not_share_a_run(run, photos, tmp_path, capsys):
