@@ -19,13 +19,15 @@ test-slow: .venv/dev.stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 
-.venv/run.stamp: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || (rm -rf .venv; false)
+# A half-made environment would be taken for a whole one at the next call.
+$(BIN)/python:
+	$(PYTHON) -m venv .venv || (rm -rf .venv; false)
+
+.venv/run.stamp: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev.stamp: requirements.txt requirements-dev.txt requirements-extras.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || (rm -rf .venv; false)
+.venv/dev.stamp: requirements.txt requirements-dev.txt requirements-extras.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

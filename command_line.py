@@ -32,9 +32,6 @@ LIMITS = {
     "VIDEO_SHIFT": (lambda v: 0 <= v <= 0.5, "0 to 0.5"),
     "BETA_1": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "BETA_2": (lambda v: 0 <= v < 1, "0 or more, below 1"),
-    "LEARNING_RATE": (lambda v: v > 0, "above 0"),
-    "CRITIC_LEARNING_RATE": (lambda v: v > 0, "above 0"),
-    "EMA_RAMP": (lambda v: v > 0, "above 0"),
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
     "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]{0,100}", v) is not None,
             "a name of at most 100 characters without slashes or a dot in front"),
@@ -65,10 +62,15 @@ def flag(name):
     return "--" + name.lower().replace("_", "-")
 
 
+def no_flag(name):
+    """FLIP -> --no-flip"""
+    return "--no-" + flag(name).removeprefix("--")
+
+
 def as_given(name, value):
     """How a user gives a constant this value: --image-size 64, --flip, --no-flip."""
     if isinstance(value, bool):
-        return flag(name) if value else flag(name).replace("--", "--no-", 1)
+        return flag(name) if value else no_flag(name)
     return f"{flag(name)} {value}"
 
 
@@ -114,8 +116,8 @@ def parse_constants(argv, program="training.py", description=""):
     parser = make_parser(program, description)
     constants = with_derived(vars(parser.parse_args(argv)))
     words = sys.argv[1:] if argv is None else argv
-    given = {name for name in vars(constants) if any(
-        w.split("=")[0] in (flag(name), flag(name).replace("--", "--no-", 1)) for w in words)}
+    flags = {word.partition("=")[0] for word in words}
+    given = {name for name in vars(constants) if flags & {flag(name), no_flag(name)}}
     check(constants)
     return constants, given
 

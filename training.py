@@ -433,10 +433,9 @@ def train(state, c, image_set, folder):
         if counters["step"] == 0:
             write_samples(state, c, image_set, samples)
         log = Log(folder, c, counters["step"])
-        started = last_saved = time.monotonic()
-        due = False
+        last_saved, due = log.started, False
         while counters["step"] < c.STEPS and stop.number is None:
-            if c.MINUTES and time.monotonic() - started > 60 * c.MINUTES:
+            if c.MINUTES and time.monotonic() - log.started > 60 * c.MINUTES:
                 break
             skipped_before = counters["skipped_updates"]
             log.step(state, training_step(state, c, image_set))

@@ -9,15 +9,6 @@ import torch
 import metrics
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other after many small steps take 10 times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
