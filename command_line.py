@@ -38,7 +38,7 @@ LIMITS = {
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
-               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG")
+               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH")
 
 
 class InputError(Exception):
@@ -139,6 +139,10 @@ def check(constants):
     if c.PATCH % 4 or c.IMAGE_SIZE % c.PATCH:
         fitting = [p for p in range(4, c.IMAGE_SIZE + 1, 4) if c.IMAGE_SIZE % p == 0]
         raise InputError(f"--patch {c.PATCH} does not fit --image-size {c.IMAGE_SIZE}: give one of "
+                         f"{', '.join(map(str, fitting))}")
+    if c.MICRO_BATCH and c.BATCH_SIZE % c.MICRO_BATCH:
+        fitting = [n for n in range(1, c.BATCH_SIZE + 1) if c.BATCH_SIZE % n == 0]
+        raise InputError(f"--micro-batch {c.MICRO_BATCH} does not divide --batch-size {c.BATCH_SIZE}: give one of "
                          f"{', '.join(map(str, fitting))}")
     if c.TRANSFORMER_DIM % c.TRANSFORMER_HEADS:
         low = c.TRANSFORMER_DIM // c.TRANSFORMER_HEADS * c.TRANSFORMER_HEADS

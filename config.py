@@ -46,6 +46,7 @@ LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / 
 
 # ------------------------------------------------------------------------------------- optimisation
 BATCH_SIZE = 16             # pictures an update
+MICRO_BATCH = 0             # pictures at once on the device, a divisor of BATCH_SIZE; 0: all. Less memory, same mathematics
 N_CRITIC = 1                # critic updates before each generator update
 LEARNING_RATE = 1e-3        # Adam's step size for VAE and TransformerParamTanh
 CRITIC_LEARNING_RATE = 1e-3    # Adam's step size for the critic
@@ -53,6 +54,12 @@ BETA_1 = 0.0                # Adam's memory of the gradient; 0 as in Karras et a
 BETA_2 = 0.99               # Adam's memory of the squared gradient
 EMA_HALF_LIFE_KIMG = 10.0   # thousands of images after which the averaged generator forgets half; what samples come from
 EMA_RAMP = 0.1              # half-life at most this share of the images seen so far, so that early samples are no average of noise
+
+# ------------------------------------------------------------------------------------- speed
+BFLOAT16 = True             # CUDA: convolutions and products in bfloat16 where it is safe; off: all in float32
+TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster
+COMPILE = False             # torch.compile for the losses: minutes at the start; on the CPU the critic got slower by it
+RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save memory (activation checkpointing)
 
 # ------------------------------------------------------------------------------------- logging
 LOG_EVERY = 20              # steps between two lines of metrics.jsonl; a multiple of GP_EVERY has the gradient norm in each

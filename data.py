@@ -604,13 +604,13 @@ def batch_indices(count, seed, position, batch_size, purpose="order"):
 
 
 def read_batch(image_set, indices, flips=None) -> "torch.Tensor":
-    """(B, C, H, W) uint8, a copy: the images at `indices`, mirrored where the bool array `flips` is true."""
+    """(B, C, H, W) uint8 in channels_last, a copy: the images at `indices`, mirrored where `flips` (bool) is true."""
     import torch
 
     batch = image_set.images[indices]    # (B, H, W, C), a copy
     if flips is not None:
         batch[flips] = batch[flips, :, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
 def to_image(pixels):

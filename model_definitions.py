@@ -7,14 +7,17 @@ All sizes come as arguments; config.py holds the values and `build` in this file
 """
 
 import copy
+import functools
 import math
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 SMALLEST_SIDE = 8           # a feature map is halved while its side is this or more, so all sizes end at 4..7 pixels
@@ -51,9 +54,19 @@ def conv_block(channels_in, channels_out, for_critic):
     """
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
     if not for_critic:
-        return nn.Sequential(conv, group_norm(channels_out), nn.ReLU(), nn.MaxPool2d(2))
-    return nn.Sequential(conv, nn.LeakyReLU(0.2), MaxPool2dTwiceDifferentiable(2, stride=1),
+        return nn.Sequential(conv, group_norm(channels_out), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    return nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True), MaxPool2dTwiceDifferentiable(2, stride=1),
                          nn.AvgPool2d(2, ceil_mode=True))
+
+
+def deconv_block(channels_in, channels_out, output_padding):
+    """(GroupNorm, ReLU, ConvTranspose2d), the block of the decoder: twice the side, plus output_padding.
+
+    4 x 4 at stride 2: each output pixel is made by 4 taps, none by more, so there is no chessboard at the start.
+    """
+    return nn.Sequential(group_norm(channels_in), nn.ReLU(inplace=True),
+                         nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1,
+                                            output_padding=output_padding))
 
 
 def conv_tower(image_size, channels, width, width_max, for_critic):
@@ -71,6 +84,19 @@ class MaxPool2dTwiceDifferentiable(nn.MaxPool2d):
         return F.max_pool2d(x, self.kernel_size, self.stride, return_indices=True)[0]
 
 
+def run(modules, x, recompute=False):
+    """x through all modules. With recompute their activations are not kept but computed again in the backward pass
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): only for modules that draw nothing."""
+    for module in modules:
+        x = checkpoint(module, x, use_reentrant=False) if recompute else module(x)
+    return x
+
+
+def full_precision(x):
+    """A context in which autocast leaves everything on x's device in float32."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 # ------------------------------------------------------------------------------------- VAE
 
 class VAE(nn.Module):
@@ -80,9 +106,9 @@ class VAE(nn.Module):
     image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
 
-    def __init__(self, image_size, channels, latent_dim, width, width_max):
+    def __init__(self, image_size, channels, latent_dim, width, width_max, recompute=False):
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim, self.recompute = latent_dim, recompute
         self.encoder, features = conv_tower(image_size, channels, width, width_max, for_critic=False)
         self.to_mu = nn.Linear(features, latent_dim)
         self.to_logvar = nn.Linear(features, latent_dim)
@@ -91,23 +117,18 @@ class VAE(nn.Module):
         channel_list = widths(image_size, width, width_max)[::-1]              # from the widest down
         self.start_shape = (channel_list[0], side_list[0], side_list[0])
         self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
-        layers = [group_norm(channel_list[0]), nn.ReLU()]
-        for i, (side, next_side) in enumerate(pairwise(side_list)):
-            last = i == len(side_list) - 2
-            channels_out = channels if last else channel_list[i + 1]
-            # 4 x 4 at stride 2: every output pixel is made by 4 taps, none by more, so there is no chessboard at start
-            layers.append(nn.ConvTranspose2d(channel_list[i], channels_out, 4, stride=2, padding=1,
-                                             output_padding=next_side - 2 * side))
-            layers += [nn.Sigmoid()] if last else [group_norm(channels_out), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers)
+        blocks = [deconv_block(a, b, output_padding=next_side - 2 * side) for (a, b), (side, next_side)
+                  in zip(pairwise([*channel_list, channels]), pairwise(side_list))]
+        self.decoder = nn.Sequential(*blocks, nn.Sigmoid())
 
         he_init(self.from_z, self.decoder)
         self.to_logvar.weight.data.mul_(0.1)                 # the posterior starts near the prior: logvar about 0
 
     def encode(self, image):
         """image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM), unbounded but for logvar's wide clamp."""
-        features = self.encoder(image).flatten(1)
-        return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
+        features = run(self.encoder, image, self.recompute).flatten(1).to(image.dtype)
+        with full_precision(features):
+            return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
 
     def reparameterize(self, mu, logvar, noise):
         """z = mu + sigma * noise, with noise (B, LATENT_DIM) from N(0, I), drawn by the caller."""
@@ -116,7 +137,10 @@ class VAE(nn.Module):
     def decode(self, z):
         """z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
         start = self.from_z(z).unflatten(1, self.start_shape)
-        return self.decoder(start)
+        *blocks, last, sigmoid = self.decoder
+        hidden = run(blocks, start, self.recompute)
+        with full_precision(hidden):                         # the picture itself is never rounded to bfloat16
+            return sigmoid(run([last], hidden.to(z.dtype), self.recompute))
 
     def forward(self, image, noise):
         """image in [-1, 1], noise (B, LATENT_DIM) -> x in [0, 1], mu, logvar."""
@@ -142,7 +166,9 @@ class Discriminator(nn.Module):
         he_init(self.blocks, self.to_score, slope=0.2)
 
     def forward(self, image):
-        return self.to_score(self.blocks(image).flatten(1)).squeeze(1)
+        features = self.blocks(image).flatten(1).to(image.dtype)
+        with full_precision(features):
+            return self.to_score(features).squeeze(1)
 
     def probability(self, image):
         """Probability that each image is real, (B,) in (0, 1): sigmoid of the score, whose zero the drift term
@@ -165,6 +191,16 @@ def he_init(*modules, slope=0.0):
 
 # ------------------------------------------------------------------------------------- synthetic video
 
+class Changes(NamedTuple):
+    """What is done to the frames of a video. Drawn once, before anything that may be computed twice."""
+    shift: torch.Tensor      # (T, 2) int64: dy, dx of each frame, pixels
+    added: torch.Tensor      # (T*C, H, W) or (T*C, 1, 1): brightness and noise
+
+    def to(self, tensor):
+        """On the tensor's device, `added` in its dtype."""
+        return Changes(self.shift.to(tensor.device), self.added.to(tensor))
+
+
 class SyntheticVideo(nn.Module):
     """T slightly modified copies of a picture, stacked: (B, C, H, W) in [0, 1] -> (B, T*C, H, W), near [0, 1].
 
@@ -176,13 +212,12 @@ class SyntheticVideo(nn.Module):
 
     def __init__(self, num_frames, channels, image_size, shift, brightness, noise):
         super().__init__()
-        self.num_frames, self.channels, self.brightness, self.noise = num_frames, channels, brightness, noise
+        self.num_frames, self.channels, self.size = num_frames, channels, image_size
+        self.brightness, self.noise = brightness, noise
         self.pad = round(shift * image_size)          # the largest shift, pixels
 
-    def draw(self, height, width, generator=None):
-        """What is done to the frames: shifts [(dy, dx)] * T in whole pixels, and what is added, (T*C, H or 1, W or 1).
-
-        Without a generator a fixed schedule without noise."""
+    def draw(self, generator=None):
+        """The Changes of one video, on the CPU; without a generator a fixed schedule without noise."""
         strength = torch.linspace(0, 1, self.num_frames)
         if generator is not None:
             shift = torch.rand(self.num_frames, 2, generator=generator) * 2 - 1
@@ -191,40 +226,58 @@ class SyntheticVideo(nn.Module):
             angle = torch.arange(self.num_frames) * (math.pi * (3 - math.sqrt(5)))     # golden angle: even turns
             shift = torch.stack([angle.cos(), angle.sin()], dim=1)
             brightness = (angle * 2).sin()
-        shift = (shift * strength[:, None] * self.pad).round().long().tolist()
-        change = (brightness * strength * self.brightness)[:, None, None, None].expand(-1, self.channels, 1, 1)
+        shift = (shift * strength[:, None] * self.pad).round().long()
+        added = (brightness * strength * self.brightness)[:, None, None, None].expand(-1, self.channels, 1, 1)
         if generator is not None:
-            field = torch.randn(self.num_frames, self.channels, height, width, generator=generator)
-            change = change + self.noise * strength[:, None, None, None] * field
-        return shift, change.flatten(0, 1)
+            field = torch.randn(self.num_frames, self.channels, self.size, self.size, generator=generator)
+            added = added + self.noise * strength[:, None, None, None] * field
+        return Changes(shift, added.flatten(0, 1))
 
-    def forward(self, picture, generator=None):
+    def padded(self, picture):
+        # The copy to plain layout works round a fault of torch 2.14's compiler with channels_last here.
+        return F.pad(picture.contiguous(), [self.pad] * 4, mode="replicate")
+
+    def forward(self, picture, changes):
         """picture (B, C, H, W) in [0, 1] -> (B, T*C, H, W)."""
-        height, width = picture.shape[2:]
-        shift, change = self.draw(height, width, generator)
-        padded = F.pad(picture, [self.pad] * 4, mode="replicate")
+        height, width, padded = *picture.shape[2:], self.padded(picture)
         frames = [padded[:, :, self.pad + dy:self.pad + dy + height, self.pad + dx:self.pad + dx + width]
-                  for dy, dx in shift]
-        return torch.cat(frames, dim=1) + change.to(picture)
+                  for dy, dx in changes.shift.tolist()]
+        return torch.cat(frames, dim=1) + changes.added
 
-    def embed(self, picture, conv, generator=None):
-        """conv(self(picture, generator)), without making the frames: (B, C, H, W) -> (B, D, H/PATCH, W/PATCH).
+    def embed(self, picture, conv, changes):
+        """conv(self(picture, changes)), without making the frames: (B, C, H, W) -> (B, D, H/PATCH, W/PATCH).
 
         Shifting and a convolution are both linear, so T shifted copies under T kernels are one picture under the
         sum of the shifted kernels; what is added to the frames is the same for the whole batch and goes through
-        the convolution once. Equal to float tolerance, and for T = 16 about eight times faster.
+        the convolution once. That one kernel is wide and its stride is PATCH: with PATCH x PATCH pixels gathered
+        into channels it becomes a small kernel on many channels, half the time. Equal to float tolerance.
         """
-        height, width = picture.shape[2:]
-        shift, change = self.draw(height, width, generator)
         patch, pad = conv.kernel_size[0], self.pad
-        kernels = conv.weight.unflatten(1, (self.num_frames, self.channels)).unbind(1)       # T of (D, C, PATCH, PATCH)
-        kernel = sum(F.pad(k, (pad + dx, pad - dx, pad + dy, pad - dy)) for k, (dy, dx) in zip(kernels, shift))
-        padded = F.pad(picture, [pad] * 4, mode="replicate")
-        added = change.to(picture).expand(-1, height, width)[None]
-        return F.conv2d(padded, kernel, stride=patch) + conv(added)
+        place = torch.arange(patch + 2 * pad, device=picture.device)
+        offset = place[:, None] - place[:patch]                                             # (P + 2*pad, P)
+        rows, columns = (offset == pad + changes.shift.T[:, :, None, None]).to(conv.weight)    # (T, P + 2*pad, P)
+        kernels = conv.weight.unflatten(1, (self.num_frames, self.channels))                # (D, T, C, P, P)
+        kernel = torch.einsum("tYy,dtcyx,tXx->dcYX", rows, kernels, columns)
+        fill = -kernel.shape[2] % patch                                                     # up to whole patches
+        kernel, padded = F.pad(kernel, (0, fill, 0, fill)), F.pad(self.padded(picture), (0, fill, 0, fill))
+        added = changes.added.expand(-1, *picture.shape[2:])[None]
+        return F.conv2d(F.pixel_unshuffle(padded, patch), F.pixel_unshuffle(kernel, patch)) + conv(added)
 
 
 # ------------------------------------------------------------------------------------- TransformerParamTanh
+
+def encoder_layer(layer, x):
+    """layer(x) of an nn.TransformerEncoderLayer with norm_first, GELU and no dropout, (B, N, D) -> (B, N, D).
+
+    Written out because nn.MultiheadAttention reorders and copies its tensors: this takes three quarters of the time.
+    """
+    attention = layer.self_attn
+    queries, keys, values = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias).unflatten(
+        2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)                         # each (B, heads, N, D / heads)
+    heads = F.scaled_dot_product_attention(queries, keys, values)
+    x = x + attention.out_proj(heads.transpose(1, 2).flatten(2))
+    return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+
 
 class TransformerParamTanh(nn.Module):
     """tanh(alpha * (2x - 1)) with alpha set per pixel by a Transformer that looks at a synthetic video of x.
@@ -244,9 +297,9 @@ class TransformerParamTanh(nn.Module):
     CELL = 4      # one value of s for each CELL x CELL pixels; bilinear interpolation leaves no seams between patches
 
     def __init__(self, image_size, channels, num_frames, patch, dim, heads, layers, alpha_init, alpha_span,
-                 alpha_per_channel, shift, brightness, noise):
+                 alpha_per_channel, shift, brightness, noise, recompute=False):
         super().__init__()
-        self.channels, self.image_size = channels, image_size
+        self.channels, self.image_size, self.recompute = channels, image_size, recompute
         self.alpha_init, self.alpha_span = alpha_init, alpha_span
         self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
         self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
@@ -272,23 +325,35 @@ class TransformerParamTanh(nn.Module):
         """x in [0, 1] -> the picture as the layer would show it at the start, in [0, 1]."""
         return (1 + torch.tanh(self.alpha_init * (2 * x - 1))) / 2
 
-    def frames(self, x, video=None, generator=None):
+    def frames(self, x, video=None, changes=None):
         """What the Transformer sees, (B, T*C, H, W): synthetic copies, or the current picture and `video` behind it."""
-        picture = self.displayed(x)
-        return self.video(picture, generator) if video is None else torch.cat([picture, video], dim=1)
+        if video is not None:
+            return torch.cat([self.displayed(x), video], dim=1)
+        return self.video(self.displayed(x), self._on_device(changes, x))
 
-    def alpha(self, x, video=None, generator=None):
-        """alpha for x (B, C, H, W) in [0, 1]: (B, 1, H, W), or (B, C, H, W) per channel. Arguments as in `forward`."""
+    def _on_device(self, changes, x):
+        return (self.video.draw() if changes is None else changes).to(x)
+
+    def alpha(self, x, video=None, changes=None):
+        """alpha for x (B, C, H, W) in [0, 1]: (B, 1, H, W), or (B, C, H, W) per channel.
+
+        video as in `forward`; changes: what `self.video.draw` gave, None for the fixed schedule.
+        """
         if video is None:
-            tokens = self.video.embed(self.displayed(x), self.to_tokens, generator)         # (B, D, H/PATCH, W/PATCH)
+            tokens = self.video.embed(self.displayed(x), self.to_tokens, self._on_device(changes, x))
         else:
-            tokens = self.to_tokens(self.frames(x, video))
+            tokens = self.to_tokens(self.frames(x, video))                                  # (B, D, H/PATCH, W/PATCH)
+        side = tokens.shape[2]
         tokens = tokens.flatten(2).transpose(1, 2) + self.positions                         # (B, N, D)
-        s = self.to_s(self.transformer(tokens))                              # (B, N, alpha_channels * cells**2)
-        side = math.isqrt(s.shape[1])
+        s = self.to_s(self.encode(tokens)).to(x.dtype)                       # (B, N, alpha_channels * cells**2)
         s = F.pixel_shuffle(s.transpose(1, 2).unflatten(2, (side, side)), self.cells)    # (B, alpha_channels, H/4, W/4)
         s = F.interpolate(s, size=x.shape[2:], mode="bilinear", align_corners=False)
         return self.alpha_init * self.alpha_span ** torch.tanh(s)
+
+    def encode(self, tokens):
+        """self.transformer(tokens), (B, N, D) -> (B, N, D)."""
+        layers = [functools.partial(encoder_layer, layer) for layer in self.transformer.layers]
+        return self.transformer.norm(run(layers, tokens, self.recompute))
 
     def forward(self, x, video=None, generator=None):
         """x (B, C, H, W) in [0, 1] -> image (B, C, H, W) in [-1, 1].
@@ -297,7 +362,7 @@ class TransformerParamTanh(nn.Module):
         generator: a torch.Generator on the CPU that draws the copies' changes; without one a fixed schedule
         without noise is used, so that one z is one picture.
         """
-        return self.apply_alpha(x, self.alpha(x, video, generator))
+        return self.apply_alpha(x, self.alpha(x, video, self.video.draw(generator)))
 
     def apply_alpha(self, x, alpha):
         """tanh(alpha * (2x - 1)): x in [0, 1] -> image in [-1, 1]."""
@@ -318,13 +383,13 @@ class Generator(nn.Module):
         self.vae, self.layer = vae, layer
 
     def forward(self, z, video=None, generator=None):
-        """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
-        return self.image_and_alpha(z, video, generator)[0]
+        """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]; video and generator as in TransformerParamTanh."""
+        return self.layer(self.vae.decode(z), video, generator)
 
-    def image_and_alpha(self, z, video=None, generator=None):
+    def image_and_alpha(self, z, video=None, changes=None):
         """The image and the alpha that made it, (B, 1, H, W), or (B, C, H, W) per channel."""
         x = self.vae.decode(z)
-        alpha = self.layer.alpha(x, video, generator)
+        alpha = self.layer.alpha(x, video, changes)
         return self.layer.apply_alpha(x, alpha), alpha
 
     def reconstruct(self, image):
@@ -335,10 +400,12 @@ class Generator(nn.Module):
 def build(constants):
     """Generator and Discriminator of a run, from its constants (config.py or a checkpoint's)."""
     c = constants
-    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX)
+    recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # a checkpoint may be older than the constant
+    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX, recompute)
     layer = TransformerParamTanh(
         c.IMAGE_SIZE, c.CHANNELS, c.NUM_FRAMES, c.PATCH, c.TRANSFORMER_DIM, c.TRANSFORMER_HEADS, c.TRANSFORMER_LAYERS,
-        c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE)
+        c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE,
+        recompute)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 
@@ -380,12 +447,13 @@ def summary(generator, critic, batch_size):
     shape = (batch_size, layer.channels, layer.image_size, layer.image_size)
     image, z = torch.empty(shape, device="meta"), torch.empty(batch_size, vae.latent_dim, device="meta")
     tokens = layer.positions.expand(batch_size, -1, -1)
+    changes = layer.video.draw().to(image)
     parts = [
         ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
         ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
-        ("video and patch tokens", (layer.to_tokens,), lambda x: layer.video.embed(x, layer.to_tokens), image),
+        ("video and patch tokens", (layer.to_tokens,), lambda x: layer.video.embed(x, layer.to_tokens, changes), image),
         ("Transformer and alpha head", (layer.transformer, layer.to_s),
-         lambda t: layer.to_s(layer.transformer(t)), tokens),
+         lambda t: layer.to_s(layer.encode(t)), tokens),
         ("critic", (critic,), critic, image),
     ]
     return [(name, sum(p.numel() for module in modules for p in module.parameters()),

@@ -9,6 +9,7 @@ Every constant of config.py is a flag; --help lists them.
 
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -37,6 +39,7 @@ from data import DataError
 # Constants that the shapes of the weights follow from: a run can't go on with others.
 SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM",
          "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+FUSED_ADAM = ("cpu", "cuda")   # where fused Adam is known to take a verdict on the device
 PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
 
 
@@ -51,17 +54,25 @@ class State:
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
     device: torch.device
+    functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
+    skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "skipped_updates": 0})
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
 
     def state_dict(self):
-        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": dict(self.counters)}
+        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": self.read_counters()}
 
     def load_state_dict(self, saved):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
         self.counters.update(saved["counters"])
+        self.skipped.fill_(self.counters["skipped_updates"])
+
+    def read_counters(self):
+        """The counters as plain numbers; waits for the device."""
+        self.counters["skipped_updates"] = int(self.skipped)
+        return dict(self.counters)
 
     def draw(self, constants, purpose, update=0):
         """The torch.Generator for one purpose of the current step and critic update."""
@@ -75,15 +86,49 @@ def new_state(c, device):
         generator, critic = model_definitions.build(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
     ema = copy.deepcopy(generator).requires_grad_(False)
-    fused = device.type in ("cuda", "cpu")               # twice as fast as the default, on the CPU too
 
-    def adam(model, learning_rate):
-        return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(c.BETA_1, c.BETA_2), fused=fused)
+    def adam(model, learning_rate):          # fused: twice as fast as the default, on the CPU too
+        return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(c.BETA_1, c.BETA_2),
+                                fused=device.type in FUSED_ADAM)
 
-    return State(generator, critic, ema, adam(generator, c.LEARNING_RATE), adam(critic, c.CRITIC_LEARNING_RATE), device)
+    functions = (generator_pass, generator_loss, critic_scores, losses.gradient_norm)
+    compiled = {f.__name__: torch.compile(f, fullgraph=True) if c.COMPILE else f for f in functions}
+    return State(generator, critic, ema, adam(generator, c.LEARNING_RATE), adam(critic, c.CRITIC_LEARNING_RATE), device,
+                 SimpleNamespace(**compiled), torch.zeros((), dtype=torch.int64, device=device))
+
+
+def set_up(device, c):
+    """Process-wide settings for speed; none changes what is computed on the CPU."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if c.TF32 else "highest")
+        torch.backends.cudnn.allow_tf32 = c.TF32
+        torch.backends.cudnn.benchmark = True              # every step has the same shapes
+
+
+def keep_freed_memory():
+    """Has Linux's C library keep the memory of freed tensors for the next ones.
+
+    By default it gives large blocks back at once and takes them anew, zeroed page by page: 40 ms for 64 MiB on the
+    virtual machine that this was measured on, more than what was then computed in it. Elsewhere nothing is done.
+    """
+    mmap_max, trim_threshold = -4, -1                        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):
+            library.mallopt(mmap_max, 0)
+            library.mallopt(trim_threshold, 2 ** 31 - 1)
 
 
 # ------------------------------------------------------------------------------------- one training step
+
+def to_device(tensor, device):
+    """A tensor of this step on the device; to CUDA from pinned memory, so that the copy waits for nothing."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
 
 def real_batch(state, c, image_set, update):
     """The real images of a critic update, (B, C, H, W) in [-1, 1]: a function of SEED, step and update alone."""
@@ -92,69 +137,145 @@ def real_batch(state, c, image_set, update):
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.draw(c, "flip", update)).numpy() < 0.5
-    batch = data.read_batch(image_set, indices, flips)
-    if state.device.type == "cuda":                 # only from pinned memory, and on CUDA, is the short cut safe
-        batch = batch.pin_memory().to(state.device, non_blocking=True)
-    return data.to_image(batch.to(state.device)).contiguous(memory_format=torch.channels_last)
+    return data.to_image(to_device(data.read_batch(image_set, indices, flips), state.device))
 
 
-def draw_z(state, c, purpose, update=0):
-    """Noise (B, LATENT_DIM) from N(0, I)."""
-    z = torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=state.draw(c, purpose, update))
-    return z.to(state.device)
+@dataclass
+class Batch:
+    """The real images of one critic update, and all that is drawn for it; the generator's update takes the last one."""
+    update: int                                     # number of the critic update within the step
+    real: torch.Tensor                              # (B, C, H, W) in [-1, 1]
+    z: torch.Tensor                                 # (B, LATENT_DIM) from N(0, I), for the fakes
+    posterior_noise: torch.Tensor                   # (B, LATENT_DIM) from N(0, I), for the reconstructions
+    between: torch.Tensor                           # (B,) in [0, 1), for the penalty
+    changes: model_definitions.Changes              # of the synthetic video's frames, one for the whole batch
 
 
-def apply_update(state, loss, model, optimizer):
-    """One optimizer step on the loss, unless a gradient is not finite: then nothing is applied, and it is counted."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if not torch.isfinite(norm):
-        state.counters["skipped_updates"] += 1
-        return
-    optimizer.step()
+def make_batch(state, c, image_set, update):
+    def draw(function, purpose, *shape):
+        return to_device(function(shape, generator=state.draw(c, purpose, update)), state.device)
+
+    changes = state.generator.layer.video.draw(state.draw(c, "video", update))
+    return Batch(update, real_batch(state, c, image_set, update),
+                 draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
+                 draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
+                 draw(torch.rand, "between", c.BATCH_SIZE),
+                 model_definitions.Changes(*(to_device(tensor, state.device) for tensor in changes)))
 
 
-def critic_step(state, c, real, update):
-    """L_D = mean D(fake) - mean D(real) + LAMBDA_GP * GP + drift; returns scalars (tensors) to log."""
-    with torch.no_grad():
-        fake = state.generator(draw_z(state, c, "critic z", update), generator=state.draw(c, "critic video", update))
-    real_score, fake_score = state.critic(torch.cat([real, fake])).chunk(2)
-
-    values = {}
-    penalty, weight = torch.zeros((), device=state.device), 0.0
-    if (state.counters["step"] * c.N_CRITIC + update + 1) % c.GP_EVERY == 0:
-        e = torch.rand(len(real), generator=state.draw(c, "between", update)).to(state.device)
-        norm = losses.gradient_norm(state.critic, losses.between(real, fake, e))
-        penalty, weight = losses.gradient_penalty(norm), c.LAMBDA_GP * c.GP_EVERY
-        values = {"gradient_norm": norm.detach().mean(), "gradient_penalty": penalty.detach()}
-    loss = losses.critic_loss(real_score, fake_score, penalty, weight, c.LAMBDA_DRIFT)
-    apply_update(state, loss, state.critic, state.critic_optimizer)
-    return {"critic_loss": loss.detach(), "score_gap": (real_score.mean() - fake_score.mean()).detach(), **values}
+def micro_batches(c):
+    """Slices of a batch, MICRO_BATCH pictures each. All losses are means over pictures, so that gradients add up."""
+    size = c.MICRO_BATCH or c.BATCH_SIZE
+    return [slice(start, start + size) for start in range(0, c.BATCH_SIZE, size)]
 
 
-def generator_step(state, c, real):
-    """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), for VAE and layer together.
+def mixed_precision(state, c):
+    """bfloat16 where it is safe, on CUDA; the networks keep scores, alpha and pictures in float32 themselves."""
+    enabled = c.BFLOAT16 and state.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=enabled)
 
-    Noise and reconstructions go through decoder and layer in one pass.
-    """
-    state.critic.requires_grad_(False)
-    mu, logvar = state.generator.vae.encode(real)
-    noise = draw_z(state, c, "posterior noise")
-    z = torch.cat([draw_z(state, c, "generator z"), state.generator.vae.reparameterize(mu, logvar, noise)])
-    image, alpha = state.generator.image_and_alpha(z, generator=state.draw(c, "generator video"))
+
+def generator_pass(generator, real, z, posterior_noise, changes):
+    """Pictures from z and reconstructions of real in one pass through decoder and layer.
+
+    -> image (2B, C, H, W), the fakes and then the reconstructions, its alpha, and mu, logvar (B, LATENT_DIM)."""
+    mu, logvar = generator.vae.encode(real)
+    image, alpha = generator.image_and_alpha(
+        torch.cat([z, generator.vae.reparameterize(mu, logvar, posterior_noise)]), changes=changes)
+    return image, alpha, mu, logvar
+
+
+def make_pictures(state, batch, part):
+    """generator_pass over a part of the batch."""
+    return state.functions.generator_pass(state.generator, batch.real[part], batch.z[part],
+                                          batch.posterior_noise[part], batch.changes)
+
+
+def generator_loss(critic, real, image, mu, logvar, lambda_rec, lambda_kl):
+    """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), and its two VAE terms."""
     fake, reconstructed = image.chunk(2)
-
     reconstruction, kl = losses.reconstruction_loss(reconstructed, real), losses.kl_divergence(mu, logvar)
     factor = losses.size_factor(*real.shape[1:])
-    loss = losses.generator_loss(state.critic(fake), reconstruction, kl, real[0].numel(),
-                                 c.LAMBDA_REC * factor, c.LAMBDA_KL * factor)
-    apply_update(state, loss, state.generator, state.generator_optimizer)
+    loss = losses.generator_loss(critic(fake), reconstruction, kl, real[0].numel(), lambda_rec * factor,
+                                 lambda_kl * factor)
+    return loss, reconstruction, kl
+
+
+def critic_scores(critic, real, fake, lambda_drift):
+    """L_D without its penalty, and the gap D(real) - D(fake): one pass for both sides."""
+    real_score, fake_score = critic(torch.cat([real, fake])).chunk(2)
+    return losses.critic_loss(real_score, fake_score, 0, 0, lambda_drift), real_score.mean() - fake_score.mean()
+
+
+def apply_update(state, model, optimizer):
+    """One optimizer step on the gradients; where one of them is not finite, nothing is applied, and it is counted.
+
+    The verdict stays on the device, where fused Adam takes it as GradScaler would hand it: no wait for the device.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    bad = ~torch.isfinite(norm)
+    state.skipped += bad
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf, optimizer.grad_scale = bad.float(), None
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def critic_step(state, c, batch, shared=None):
+    """One update on L_D = mean D(fake) - mean D(real) + LAMBDA_GP * GP + drift; returns scalars (tensors) to log.
+
+    The penalty has a backward pass of its own, so that its graph and that of the scores never share the memory.
+    """
+    state.critic_optimizer.zero_grad(set_to_none=True)
+    with_penalty = (state.counters["step"] * c.N_CRITIC + batch.update + 1) % c.GP_EVERY == 0
+    parts, values = micro_batches(c), []
+    for part in parts:
+        with mixed_precision(state, c):
+            if shared is not None:
+                fake = shared[0].detach().chunk(2)[0]
+            else:
+                with torch.no_grad():
+                    fake, _ = state.generator.image_and_alpha(batch.z[part], changes=batch.changes)
+            loss, gap = state.functions.critic_scores(state.critic, batch.real[part], fake, c.LAMBDA_DRIFT)
+        (loss / len(parts)).backward()
+        values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})
+        if with_penalty:
+            x_hat = losses.between(batch.real[part], fake, batch.between[part])
+            norm = state.functions.gradient_norm(state.critic, x_hat)
+            penalty, weight = losses.gradient_penalty(norm), c.LAMBDA_GP * c.GP_EVERY
+            (weight * penalty / len(parts)).backward()
+            values[-1] |= {"gradient_norm": norm.detach().mean(), "gradient_penalty": penalty.detach(),
+                           "critic_loss": (loss + weight * penalty).detach()}
+    apply_update(state, state.critic, state.critic_optimizer)
+    return combined(values)
+
+
+def generator_step(state, c, batch, shared=None):
+    """One update on L_G, VAE and layer together; returns scalars (tensors) to log."""
+    state.generator_optimizer.zero_grad(set_to_none=True)
+    state.critic.requires_grad_(False)
+    parts, values = micro_batches(c), []
+    for part in parts:
+        with mixed_precision(state, c):
+            image, alpha, mu, logvar = shared or make_pictures(state, batch, part)
+            loss, reconstruction, kl = state.functions.generator_loss(
+                state.critic, batch.real[part], image, mu, logvar, c.LAMBDA_REC, c.LAMBDA_KL)
+        (loss / len(parts)).backward()
+        alpha, mu, logvar = alpha.detach(), mu.detach(), logvar.detach()
+        values.append({"generator_loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.detach(),
+                       "posterior_variance": (mu.square() + logvar.exp()).mean(), "alpha_mean": alpha.mean(),
+                       "alpha_min": alpha.min(), "alpha_max": alpha.max(),
+                       "alpha_spread": alpha.std(dim=(2, 3)).mean()})
+    apply_update(state, state.generator, state.generator_optimizer)
     state.critic.requires_grad_(True)
-    alpha, mu, logvar = alpha.detach(), mu.detach(), logvar.detach()
-    return {"generator_loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.detach(),
-            "posterior_variance": (mu.square() + logvar.exp()).mean(), "alpha_mean": alpha.mean(),
-            "alpha_min": alpha.min(), "alpha_max": alpha.max(), "alpha_spread": alpha.std(dim=(2, 3)).mean()}
+    return combined(values)
+
+
+def combined(values):
+    """The scalars of all micro-batches as one dict."""
+    how = {"alpha_min": torch.amin, "alpha_max": torch.amax}
+    return {name: how.get(name, torch.mean)(torch.stack([part[name] for part in values])) for name in values[0]}
 
 
 @torch.no_grad()
@@ -166,12 +287,19 @@ def update_ema(state, c):
 
 
 def training_step(state, c, image_set):
-    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors)."""
-    values = {}
+    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors).
+
+    The generator does not change between the last critic update and its own, so the two share z and, where a batch
+    is one piece, the pass that made the pictures too.
+    """
+    values, shared, parts = {}, None, micro_batches(c)
     for update in range(c.N_CRITIC):
-        real = real_batch(state, c, image_set, update)
-        values |= critic_step(state, c, real, update)
-    values |= generator_step(state, c, real)
+        batch = make_batch(state, c, image_set, update)
+        if len(parts) == 1 and update == c.N_CRITIC - 1:
+            with mixed_precision(state, c):
+                shared = make_pictures(state, batch, parts[0])
+        values |= critic_step(state, c, batch, shared)
+    values |= generator_step(state, c, batch, shared)
     state.counters["images_seen"] += c.BATCH_SIZE
     update_ema(state, c)
     state.counters["step"] += 1
@@ -240,13 +368,13 @@ class Log:
         self.say_duration(step, now)
         if step % c.LOG_EVERY:
             return
-        values = {name: float(value) for name, value in values.items()}
+        values = dict(zip(values, torch.stack(list(values.values())).tolist()))      # one wait for the device, not many
         if "gradient_norm" in values:
             values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
-        line = {**state.counters, **finite, "images_per_second": round(speed, 2),
+        line = {**state.read_counters(), **finite, "images_per_second": round(speed, 2),
                 "seconds": round(now - self.started, 2)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -433,19 +561,20 @@ def train(state, c, image_set, folder):
         if counters["step"] == 0:
             write_samples(state, c, image_set, samples)
         log = Log(folder, c, counters["step"])
-        last_saved, due = log.started, False
+        last_saved, due, skipped = log.started, False, counters["skipped_updates"]
         while counters["step"] < c.STEPS and stop.number is None:
             if c.MINUTES and time.monotonic() - log.started > 60 * c.MINUTES:
                 break
-            skipped_before = counters["skipped_updates"]
             log.step(state, training_step(state, c, image_set))
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
                 write_samples(state, c, image_set, samples)
             due = due or counters["step"] % c.CHECKPOINT_EVERY == 0 or (
                 time.monotonic() - last_saved > 60 * c.CHECKPOINT_MINUTES)
-            if due and counters["skipped_updates"] == skipped_before:      # so every regular checkpoint is a good one
-                save()
-                due, last_saved = False, time.monotonic()
+            if due:
+                skipped_before, skipped = skipped, state.read_counters()["skipped_updates"]
+                if skipped == skipped_before:                   # so every regular checkpoint is a good one
+                    save()
+                    due, last_saved = False, time.monotonic()
         log.close()
         file = save()
         # Whoever sent a signal waits for the end.
@@ -460,6 +589,7 @@ def train(state, c, image_set, folder):
 def start(argv):
     c, given = prepare_constants(argv)
     device = command_line.choose_device(c.DEVICE)
+    set_up(device, c)
     state = continue_or_start(c, given, device)
     image_set = load_data(c)
     folder = make_run_folder(c, image_set)

@@ -691,7 +691,8 @@ def test_a_batch_holds_the_asked_images_mirrored_where_flips_is_true(tmp_path, i
     images = load(image_folder(5), tmp_path)
     indices, flips = np.array([4, 0, 0, 2]), np.array([True, False, True, False])
     batch = data.read_batch(images, indices, flips)
-    assert batch.shape == (4, 3, 16, 16) and batch.dtype == torch.uint8 and batch.is_contiguous()
+    assert batch.shape == (4, 3, 16, 16) and batch.dtype == torch.uint8
+    assert batch.is_contiguous(memory_format=torch.channels_last)
     for item, index, flip in zip(batch, indices, flips):
         expected = images.images[index].transpose(2, 0, 1)
         assert np.array_equal(item.numpy(), expected[:, :, ::-1] if flip else expected)

@@ -117,7 +117,7 @@ def test_frame_0_is_the_picture_and_later_frames_are_slightly_changed_copies(g):
     video = TransformerParamTanh(32, 3, 16, 8, 24, 12, 1, 3.0, 3.0, False, 0.06, 0.1, 0.05).video
     picture = torch.rand(2, 3, 32, 32, generator=g)
     for generator in (None, g):
-        frames = video(picture, generator).unflatten(1, (16, 3))
+        frames = video(picture, video.draw(generator)).unflatten(1, (16, 3))
         torch.testing.assert_close(frames[:, 0], picture)
         change = (frames[:, 1:] - picture[:, None]).abs().mean(dim=(0, 2, 3, 4))
         assert (change > 0).all() and change[-1] > change[0]
@@ -127,16 +127,16 @@ def test_frame_0_is_the_picture_and_later_frames_are_slightly_changed_copies(g):
 def test_frames_follow_their_schedule_without_a_generator_and_differ_with_two_seeds():
     video = TransformerParamTanh(32, 3, 16, 8, 24, 12, 1, 3.0, 3.0, False, 0.06, 0.1, 0.05).video
     picture = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(video(picture), video(picture), rtol=0, atol=0)
-    one, again, other = (video(picture, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(video(picture, video.draw()), video(picture, video.draw()))
+    one, again, other = (video(picture, video.draw(torch.Generator().manual_seed(s))) for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_a_shifted_frame_is_the_picture_moved_by_whole_pixels():
     video = model_definitions.SyntheticVideo(16, 1, 32, shift=0.1, brightness=0.0, noise=0.0)
     picture = torch.rand(1, 1, 32, 32)
-    frames = video(picture)
-    (dy, dx), _ = video.draw(32, 32)[0][15], None
+    changes = video.draw()
+    frames, (dy, dx) = video(picture, changes), changes.shift[15].tolist()
     assert (dy, dx) != (0, 0)
     moved = torch.roll(picture, (-dy, -dx), (2, 3))[0, 0, 4:-4, 4:-4]      # away from the replicated border
     torch.testing.assert_close(frames[0, 15, 4:-4, 4:-4], moved)
@@ -149,7 +149,7 @@ def test_fast_embedding_equals_convolving_the_frames(size, patch, channels, g):
     picture = torch.rand(2, channels, size, size, generator=g, requires_grad=True)
 
     def gradients(function):
-        out = function(torch.Generator().manual_seed(3))
+        out = function(layer.video.draw(torch.Generator().manual_seed(3)))
         weights = torch.linspace(-1, 1, out.numel()).view_as(out)
         return out, *torch.autograd.grad((out * weights).sum(), [picture, *layer.to_tokens.parameters()])
 
@@ -200,12 +200,22 @@ def test_each_patch_sets_alpha_where_it_lies():
     cells = torch.zeros(1, 16, 4)                        # 4 x 4 patches of 8 pixels, 2 x 2 cells in each
     cells[0, 6, 1] = 5.0                                 # patch row 1, column 2; its upper right cell
     layer.to_s = torch.nn.Identity()
-    layer.transformer = torch.nn.Identity()
+    layer.encode = lambda tokens: tokens
     layer.positions = torch.nn.Parameter(cells)
-    layer.video.embed = lambda picture, conv, generator: torch.zeros(1, 4, 4, 4)
+    layer.video.embed = lambda picture, conv, changes: torch.zeros(1, 4, 4, 4)
     alpha = layer.alpha(torch.zeros(1, 3, 32, 32))[0, 0]
     row, column = divmod(alpha.argmax().item(), 32)
     assert 8 <= row < 12 and 20 <= column < 24
+
+
+def test_encode_equals_torchs_transformer_encoder(g):
+    generator, _ = build()
+    layer = generator.layer
+    tokens = torch.randn(2, 16, 24, generator=g, requires_grad=True)
+    results = [(out, *torch.autograd.grad(out.square().sum(), [tokens, *layer.transformer.parameters()]))
+               for out in (layer.encode(tokens), layer.transformer(tokens))]
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_transformer_layers_start_with_different_weights():

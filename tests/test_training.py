@@ -176,7 +176,7 @@ def test_no_regular_checkpoint_is_written_after_a_skipped_update(run, tmp_path, 
     def step_with_nan(state, c, images):
         values = one_step(state, c, images)
         if state.counters["step"] in (2, 3):
-            state.counters["skipped_updates"] += 1
+            state.skipped += 1
             values["kl"] = torch.tensor(float("nan"))
         return values
 
@@ -270,17 +270,17 @@ def test_a_step_is_a_function_of_the_seed(photos, tmp_path):
 
 def test_each_side_moves_its_own_weights_only(small_state):
     state, c, images = small_state
-    real = training.real_batch(state, c, images, 0)
+    batch = training.make_batch(state, c, images, 0)
 
     def snapshot():
         return [vector(m) for m in (state.critic, state.generator)]
 
     critic, generator = snapshot()
-    training.critic_step(state, c, real, 0)
+    training.critic_step(state, c, batch)
     assert not torch.equal(critic, snapshot()[0]) and torch.equal(generator, snapshot()[1])
     assert all(p.grad is None for p in state.generator.parameters())
     critic, generator = snapshot()
-    training.generator_step(state, c, real)
+    training.generator_step(state, c, batch)
     assert torch.equal(critic, snapshot()[0]) and not torch.equal(generator, snapshot()[1])
     assert all(p.requires_grad for p in state.critic.parameters())
 
@@ -298,21 +298,21 @@ def test_the_layer_learns_in_the_generators_update(small_state):
 def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
     state, c, images = small_state
     before = vector(state.critic)
-    real = training.real_batch(state, c, images, 0)
-    real[0, 0, 0, 0] = float("nan")
-    training.critic_step(state, c, real, 0)
+    batch = training.make_batch(state, c, images, 0)
+    batch.real[0, 0, 0, 0] = float("nan")
+    training.critic_step(state, c, batch)
     assert torch.equal(before, vector(state.critic))
-    assert state.counters["skipped_updates"] == 1
+    assert state.read_counters()["skipped_updates"] == 1
+    assert all(entry["step"] == 0 for entry in state.critic_optimizer.state.values())      # as if it had never been
 
 
 def test_the_penalty_comes_every_gp_every_updates_with_as_many_times_the_weight(small_state):
     state, c, images = small_state
     c.GP_EVERY, c.LAMBDA_DRIFT = 3, 0.0
-    real = training.real_batch(state, c, images, 0)
-    found = []
+    batch, found = training.make_batch(state, c, images, 0), []
     for step in range(6):
         state.counters["step"] = step
-        values = training.critic_step(state, c, real, 0)
+        values = training.critic_step(state, c, batch)
         extra = values["critic_loss"] + values["score_gap"]
         assert extra.item() == pytest.approx(30 * values.get("gradient_penalty", torch.zeros(())).item(), abs=1e-3)
         found.append("gradient_penalty" in values)
