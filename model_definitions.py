@@ -50,13 +50,15 @@ def conv_block(channels_in, channels_out, for_critic):
     The encoder's has GroupNorm and ReLU. The critic's has LeakyReLU and no normalisation, and pools in two steps,
     maximum at stride 1 and then a 2 x 2 mean (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"):
     plain max pooling hands the gradient to one pixel in four, which is seen as a pattern of dots in what the
-    generator learns from it. The mean's ceil_mode makes H - 1 maxima end at H // 2 for even and odd H alike.
+    generator learns from it. The mean's ceil_mode makes H - 1 maxima end at H // 2 for even and odd H alike;
+    count_include_pad changes nothing without padding, but with it torch 2.14 compiles a wrong gradient
+    (pytorch/pytorch issue 198119).
     """
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
     if not for_critic:
         return nn.Sequential(conv, group_norm(channels_out), nn.ReLU(inplace=True), nn.MaxPool2d(2))
     return nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True), MaxPool2dTwiceDifferentiable(2, stride=1),
-                         nn.AvgPool2d(2, ceil_mode=True))
+                         nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False))
 
 
 def deconv_block(channels_in, channels_out, output_padding):
@@ -234,8 +236,16 @@ class SyntheticVideo(nn.Module):
         return Changes(shift, added.flatten(0, 1))
 
     def padded(self, picture):
-        # The copy to plain layout works round a fault of torch 2.14's compiler with channels_last here.
-        return F.pad(picture.contiguous(), [self.pad] * 4, mode="replicate")
+        """The picture with its border pixels repeated `pad` times on each side.
+
+        F.pad(mode="replicate") does the same, but its backward pass is not deterministic on CUDA, and torch 2.14
+        compiles it wrongly in channels_last.
+        """
+        for dim in (2, 3):
+            shape = [-1] * dim + [self.pad] + [-1] * (3 - dim)
+            first, last = (picture.narrow(dim, i, 1).expand(shape) for i in (0, picture.shape[dim] - 1))
+            picture = torch.cat([first, picture, last], dim)
+        return picture
 
     def forward(self, picture, changes):
         """picture (B, C, H, W) in [0, 1] -> (B, T*C, H, W)."""
@@ -252,22 +262,32 @@ class SyntheticVideo(nn.Module):
         the convolution once. That one kernel is wide and its stride is PATCH: with PATCH x PATCH pixels gathered
         into channels it becomes a small kernel on many channels, half the time. Equal to float tolerance.
         """
-        patch, pad = conv.kernel_size[0], self.pad
-        place = torch.arange(patch + 2 * pad, device=picture.device)
-        offset = place[:, None] - place[:patch]                                             # (P + 2*pad, P)
-        rows, columns = (offset == pad + changes.shift.T[:, :, None, None]).to(conv.weight)    # (T, P + 2*pad, P)
-        kernels = conv.weight.unflatten(1, (self.num_frames, self.channels))                # (D, T, C, P, P)
-        kernel = torch.einsum("tYy,dtcyx,tXx->dcYX", rows, kernels, columns)
+        patch = conv.kernel_size[0]
+        kernel = self.shifted_sum(conv.weight, changes.shift)
         fill = -kernel.shape[2] % patch                                                     # up to whole patches
         kernel, padded = F.pad(kernel, (0, fill, 0, fill)), F.pad(self.padded(picture), (0, fill, 0, fill))
         added = changes.added.expand(-1, *picture.shape[2:])[None]
         return F.conv2d(F.pixel_unshuffle(padded, patch), F.pixel_unshuffle(kernel, patch)) + conv(added)
 
+    def shifted_sum(self, weight, shift):
+        """Kernels (D, T*C, P, P), frame t's moved by shift[t], summed over the frames: (D, C, K, K), K = P + 2 * pad.
+
+        As two matrix products with 0-1 matrices, columns and then rows, so that no shift leaves the device.
+        """
+        (dim, _, patch, _), frames = weight.shape, self.num_frames
+        place = torch.arange(patch + 2 * self.pad, device=weight.device)
+        offset = place[:, None] - place[:patch]                                             # (K, P)
+        rows, columns = (offset == self.pad + shift.T[:, :, None, None]).to(weight)         # each (T, K, P)
+        kernels = weight.unflatten(1, (frames, self.channels)).transpose(0, 1).reshape(frames, -1, patch)
+        wide = (kernels @ columns.mT).view(frames, dim * self.channels, patch, -1)          # (T, D*C, P, K)
+        wide = wide.transpose(0, 1).reshape(dim * self.channels, frames * patch, -1)        # (D*C, T*P, K)
+        return (rows.transpose(0, 1).flatten(1) @ wide).unflatten(0, (dim, self.channels))  # (D, C, K, K)
+
 
 # ------------------------------------------------------------------------------------- TransformerParamTanh
 
 def encoder_layer(layer, x):
-    """layer(x) of an nn.TransformerEncoderLayer with norm_first, GELU and no dropout, (B, N, D) -> (B, N, D).
+    """layer(x) of an nn.TransformerEncoderLayer with norm_first, ReLU and no dropout, (B, N, D) -> (B, N, D).
 
     Written out because nn.MultiheadAttention reorders and copies its tensors: this takes three quarters of the time.
     """
@@ -276,7 +296,7 @@ def encoder_layer(layer, x):
         2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)                         # each (B, heads, N, D / heads)
     heads = F.scaled_dot_product_attention(queries, keys, values)
     x = x + attention.out_proj(heads.transpose(1, 2).flatten(2))
-    return x + layer.linear2(F.gelu(layer.linear1(layer.norm2(x))))
+    return x + layer.linear2(F.relu(layer.linear1(layer.norm2(x)), inplace=True))
 
 
 class TransformerParamTanh(nn.Module):
@@ -304,8 +324,8 @@ class TransformerParamTanh(nn.Module):
         self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
         self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True,
+                                           norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         self._initialise_each_layer()
         self.cells = patch // self.CELL                                  # values of s along one side of a patch

@@ -85,6 +85,7 @@ def new_state(c, device):
         torch.default_generator.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
         generator, critic = model_definitions.build(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
+    generator.layer.to_tokens.to(memory_format=torch.contiguous_format)       # rearranged each step, half the time so
     ema = copy.deepcopy(generator).requires_grad_(False)
 
     def adam(model, learning_rate):          # fused: twice as fast as the default, on the CPU too
@@ -107,18 +108,19 @@ def set_up(device, c):
         torch.backends.cudnn.benchmark = True              # every step has the same shapes
 
 
-def keep_freed_memory():
-    """Has Linux's C library keep the memory of freed tensors for the next ones.
+def keep_freed_memory(keep=True):
+    """Has Linux's C library keep the memory of freed tensors for the next ones; keep=False: as it does by itself.
 
-    By default it gives large blocks back at once and takes them anew, zeroed page by page: 40 ms for 64 MiB on the
-    virtual machine that this was measured on, more than what was then computed in it. Elsewhere nothing is done.
+    By itself it gives blocks above 32 MiB back at once and takes them anew, zeroed page by page: 40 ms for 64 MiB on
+    the virtual machine that this was measured on, several times what was then computed in them.
     """
-    mmap_max, trim_threshold = -4, -1                        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1             # the parameters' numbers in malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):     # another system's library: nothing is done
         library = ctypes.CDLL(None)
-        if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):
-            library.mallopt(mmap_max, 0)
-            library.mallopt(trim_threshold, 2 ** 31 - 1)
+        library.gnu_get_libc_version                                  # noqa: B018
+        library.mallopt(mmap_max, 0 if keep else 65536)
+        library.mallopt(mmap_threshold, 2 ** 25)
+        library.mallopt(trim_threshold, 2 ** 31 - 1 if keep else 2 ** 26)
 
 
 # ------------------------------------------------------------------------------------- one training step

@@ -137,6 +137,7 @@ def load_alike(root, c, scratch):
 
 def compare(flags, c, scratch):
     """Times in turns all that --many does not ask for, after an untimed turn, and prints it."""
+    training.set_up(torch.device("cpu"), c)
     image_set, state = load_alike(flags.data, c, scratch), training.new_state(c, torch.device("cpu"))
     mirroring, photos = SimpleNamespace(**{**vars(c), "FLIP": True}), scratch / "photos"
     draw(photos / "all", flags.large, large=True)

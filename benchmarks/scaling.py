@@ -63,6 +63,7 @@ def measure(steps, flags):
     image_set = data.ImageSet(images, [], np.arange(len(images)), np.arange(0), [])
     before, times = peak_bytes(device), []
 
+    training.set_up(device, c)
     state = training.new_state(c, device)
     state.counters["step"] = c.GP_EVERY - 1         # so that the step that warms up has the penalty too
     for steps_of_round in [1] + [c.GP_EVERY] * max(1, steps // c.GP_EVERY):

@@ -5,7 +5,8 @@
     python benchmarks/step.py --compile --repeats 20           # the shipped code compiled
 
 First it checks that both versions compute the same losses. Then both make GP_EVERY steps at a time (so that each
-holds one gradient penalty), in turns, in one process: medians, and the range of the ratio over the turns. Between
+holds one gradient penalty), in turns, in one process, the textbook's with the C library's own way with memory
+(see training.keep_freed_memory): medians, and the range of the ratio over the turns. Between
 them a matrix product and a convolution are timed, whose best is what the machine can do. The table says where a
 step of the shipped code goes: multiply-adds (as in the summary that training.py prints, backward passes
 included) and seconds of each part, timed alone. Random pictures; nothing is read or written.
@@ -144,15 +145,20 @@ def check_same_losses(state, book, c, image_set):
 
 
 def compare(state, book, c, image_set, repeats):
-    """Alternating turns; returns the seconds a step of the shipped code and the machine's best in FLOP/s."""
-    def steps(function, which):
-        return lambda: [function(which, c, image_set) for _ in range(c.GP_EVERY)]
+    """Alternating turns; returns the machine's best in FLOP/s."""
+    def timed_steps(function, which):
+        def turn():
+            for _ in range(c.GP_EVERY):
+                function(which, c, image_set)
+
+        training.keep_freed_memory(which is state)
+        turn()                                                   # settles memory and caches after the other's turn
+        return seconds(turn, state.device) / c.GP_EVERY
 
     ours, theirs, best = [], [], []
     for turn in range(repeats + 1):                              # the first turn warms up
         best.append(machine_best(state.device))
-        pair = (seconds(steps(training.training_step, state), state.device) / c.GP_EVERY,
-                seconds(steps(textbook.training_step, book), state.device) / c.GP_EVERY)
+        pair = timed_steps(training.training_step, state), timed_steps(textbook.training_step, book)
         if turn:
             ours.append(pair[0])
             theirs.append(pair[1])
@@ -165,16 +171,22 @@ def compare(state, book, c, image_set, repeats):
     print(f"{'ratio':14}{statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"machine: matrix product {product / 1e9:.0f}, convolution {convolution / 1e9:.0f} GFLOP/s, float32, "
           f"{torch.get_num_threads()} threads")
-    return statistics.median(ours), max(product, convolution)
+    return max(product, convolution)
 
 
-def print_parts(state, c, image_set, step_seconds, best):
+def print_parts(state, c, image_set, best, rounds):
+    """Times whole steps and each part alone in the same rounds, so that a change of the machine's speed hits all."""
+    whole, table = [], {name: (*entry, []) for name, entry in parts(state, c, image_set).items()}
+    for _ in range(rounds + 1):
+        whole.append(seconds(lambda: [training.training_step(state, c, image_set) for _ in range(c.GP_EVERY)],
+                             state.device) / c.GP_EVERY)
+        for function, calls, durations in table.values():
+            durations.append(calls * seconds(function, state.device))
+    step_seconds = statistics.median(whole[1:])
     print(f"{'part':36}{'multiply-adds':>15}{'seconds':>10}{'of the step':>13}{'of the peak':>13}")
     total, layer = 0, 0.0
-    for name, (function, calls) in parts(state, c, image_set).items():
-        function()
-        duration = calls * statistics.median(seconds(function, state.device) for _ in range(5))
-        adds = round(calls * count(function))
+    for name, (function, calls, durations) in table.items():
+        duration, adds = statistics.median(durations[1:]), round(calls * count(function))
         total += adds
         layer += duration * name.startswith("layer")
         print(f"{name:36}{adds:15,}{duration:10.3f}{duration / step_seconds:12.0%} {2 * adds / duration / best:12.0%}")
@@ -212,8 +224,9 @@ def main(argv=None):
     print(f"batch ({c.BATCH_SIZE}, {c.CHANNELS}, {c.IMAGE_SIZE}, {c.IMAGE_SIZE}), {c.TRANSFORMER_HEADS} heads, "
           f"{c.TRANSFORMER_LAYERS} layers; torch {torch.__version__} on {device}")
     check_same_losses(state, book, c, image_set)
-    step_seconds, best = compare(state, book, c, image_set, arguments.repeats)
-    print_parts(state, c, image_set, step_seconds, best)
+    best = compare(state, book, c, image_set, arguments.repeats)
+    training.set_up(device, c)
+    print_parts(state, c, image_set, best, arguments.repeats)
     if arguments.profile:
         print_profile(state, c, image_set)
     return 0

@@ -46,6 +46,8 @@ def test_flags_overrule_config_and_derived_constants_follow():
     (["--image-size", "48", "--patch", "32"], ["--patch 32", "--image-size 48", "4, 8, 12, 16"]),
     (["--transformer-dim", "100"], ["--transformer-dim 100", "96 or 108"]),
     (["--run", "../up"], ["--run ../up"]),
+    (["--batch-size", "12", "--micro-batch", "5"], ["--micro-batch 5", "--batch-size 12", "1, 2, 3, 4, 6, 12"]),
+    (["--micro-batch", "-1"], ["--micro-batch -1", "0 or more"]),
     (["--device", "tpu"], ["--device tpu", "auto, cuda, mps or cpu"]),
     (["--transformer-in-channels", "48"], ["--transformer-in-channels"]),
     (["--seed", "-1"], ["--seed -1"]),

@@ -1,0 +1,69 @@
+"""Each benchmark runs from end to end at a size that takes seconds; what it prints is there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def run(script, *flags):
+    """Exit status, standard output and error of a script in a process of its own, from another folder."""
+    done = subprocess.run([sys.executable, FOLDER / script, *flags], capture_output=True, text=True, cwd="/",
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def class_folder(image_folder):
+    image_folder(8, name="set/one")
+    return os.path.dirname(image_folder(8, name="set/two", seed=1))
+
+
+def test_step_compares_losses_and_prints_ratio_and_parts():
+    status, out, error = run("step.py", "--repeats", "1", *SMALL)
+    assert status == 0, error
+    for words in ("same losses: critic_loss", "ratio", "GFLOP/s", "critic scores", "the layer takes"):
+        assert words in out
+
+
+def test_step_counts_what_a_whole_step_counts():
+    sys.path.insert(0, str(FOLDER))
+    import step
+    import torch
+
+    import command_line
+    import training
+
+    c, _ = command_line.parse_constants([*SMALL, "--gp-every", "1"])
+    state = training.new_state(c, torch.device("cpu"))
+    torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)
+    images = step.random_images(c, 16)
+    parts = sum(calls * step.count(function) for function, calls in step.parts(state, c, images).values())
+    whole = step.count(lambda: training.training_step(state, c, images))
+    assert parts == pytest.approx(whole, rel=0.02)
+
+
+def test_loader_prints_a_row_a_comparison(class_folder):
+    status, out, error = run("loader.py", "--data", class_folder, "--image-size", "32", "--repeats", "1", "--large",
+                             "1", "--workers", "0")
+    assert status == 0, error
+    for words in ("first pass, DIR", "first pass, photos", "warm batches", "warm over a step"):
+        assert words in out
+
+
+def test_scaling_says_the_exponents():
+    status, out, error = run("scaling.py", "--only", "NUM_FRAMES", "--steps", "1", "--", *SMALL[:-6])
+    assert status == 0, error
+    assert "exponent" in out and "linearly" in out
+
+
+@pytest.mark.parametrize("script,flags", [("step.py", ("--image-size", "33")), ("loader.py", ("--data", "/nowhere")),
+                                          ("scaling.py", ("--only", "NOTHING"))])
+def test_bad_input_gives_one_line_and_status_2(script, flags):
+    status, _, error = run(script, *flags)
+    assert status == 2 and len(error.strip().splitlines()) == 1 and script in error
