@@ -9,7 +9,6 @@ One seed is one picture: picture i of seed S is always the same, at any batch si
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -24,15 +23,6 @@ from checkpoints import CheckpointError
 from command_line import InputError
 
 GRID_LIMIT = 256        # pictures on grid.png at most; the single files hold them all
-
-
-def load_generator(path, device):
-    """The averaged (EMA) generator of a run's folder or a checkpoint file, ready for use, and its constants."""
-    _, saved = checkpoints.find(path, device, warn=lambda line: print(line, file=sys.stderr))
-    constants = SimpleNamespace(**saved["constants"])
-    generator, _ = model_definitions.build(constants)
-    generator.load_state_dict(saved["ema"])
-    return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), constants
 
 
 def draw_z(seed, first, count, latent_dim):
@@ -144,7 +134,9 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         arguments = parse(argv)
-        generator, constants = load_generator(arguments.run, command_line.choose_device(arguments.device))
+        device = command_line.choose_device(arguments.device)
+        _, saved = checkpoints.find(arguments.run, device, warn=lambda line: print(line, file=sys.stderr))
+        generator, constants = model_definitions.from_checkpoint(saved, device)
         for folder in [Path(arguments.out)] * bool(arguments.images) + [Path(arguments.video or ".").parent]:
             folder.mkdir(parents=True, exist_ok=True)
         if arguments.images:

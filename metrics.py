@@ -1,5 +1,8 @@
 """Metrics: how far a set of generated images is from a set of real ones. Pure functions of tensors.
 
+Frechet distance, kernel distance, precision and recall compare features (N, D), which a pretrained network makes
+of the images (evaluate.py chooses it).
+
 The sliced Wasserstein distance on Laplacian pyramids (Karras et al. 2018, "Progressive Growing of GANs",
 section 5) needs no pretrained network: it compares small patches, one scale at a time. It sees texture, edges
 and combinations of colours within 7 x 7 pixels of each scale, not objects, and it is no Frechet distance.
@@ -13,6 +16,93 @@ NEIGHBOURHOOD = 7          # side of a patch, pixels (section 5)
 SMALLEST_LEVEL = 16        # side of the coarsest level, pixels: halving stops before a smaller one
 PROJECTION_GROUP = 64      # directions projected and sorted at a time, which bounds memory
 IMAGE_GROUP = 128          # images whose pyramid is built at a time, for the same reason
+
+# ------------------------------------------------------------------------------------- features
+
+def frechet_distance(a, b):
+    """||mean(a) - mean(b)||^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Heusel et al. 2017, equation 6).
+
+    a (N, D), b (M, D): features, N and M at least 2. In float64. Finite sets of one distribution are some way apart,
+    the farther the smaller they are: compare only numbers made with the same N and M, above D each. Called FID only
+    with the 2048 features of Inception-v3. Returns a float.
+    """
+    _check_features(a, b, least=2)
+    a, b = a.double(), b.double()
+    covariance_a, covariance_b = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(b.shape[1], -1)
+    # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: no complex numbers, no failed root.
+    root = _symmetric_root(covariance_a)
+    eigenvalues = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp_min(0)
+    distance = (a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace()
+    return (distance - 2 * eigenvalues.sqrt().sum()).item()
+
+
+def _symmetric_root(matrix):
+    """The root of a symmetric positive semidefinite matrix, by its eigenvalues; negative ones, of rounding, are 0.
+
+    Raises ValueError if the square of the root is not the matrix.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    if not torch.allclose(root @ root, matrix, rtol=1e-6, atol=1e-9 * values.abs().max().item() + 1e-300):
+        raise ValueError("the covariance of the features has no square root: are there infinite or NaN features?")
+    return root
+
+
+def kernel_distance(a, b):
+    """(KID, standard error): squared maximum mean discrepancy with the kernel (<x, y> / D + 1)^3, unbiased
+    (Binkowski et al. 2018, "Demystifying MMD GANs", section 4), times 1000.
+
+    a (N, D), b (M, D): features, N and M at least 3. Over all pairs, where the paper draws subsets; its expectation
+    does not depend on N and M, and it can be below 0. The error is that of the jackknife: each feature in turn is
+    left out, on both sides. Returns two floats.
+    """
+    _check_features(a, b, least=3)
+    a, b = a.double(), b.double()
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):                          # for each i the sum over j other than i
+        rows = kernel(x, x)
+        return rows.sum(1) - rows.diagonal()
+
+    def estimate(sum_a, n, sum_b, m, sum_ab):
+        return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_ab / (n * m)
+
+    n, m, rows_a, rows_b, across = len(a), len(b), within(a), within(b), kernel(a, b)
+    sum_a, sum_b, sum_ab = rows_a.sum(), rows_b.sum(), across.sum()
+    without_a = estimate(sum_a - 2 * rows_a, n - 1, sum_b, m, sum_ab - across.sum(1))
+    without_b = estimate(sum_a, n, sum_b - 2 * rows_b, m - 1, sum_ab - across.sum(0))
+    variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_a, without_b))
+    return 1000 * estimate(sum_a, n, sum_b, m, sum_ab).item(), 1000 * variance.sqrt().item()
+
+
+def precision_and_recall(real, generated, neighbours=3):
+    """Precision, the share of generated features that lie among the real ones, and recall, the reverse, each in [0, 1]
+    (Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models").
+
+    real (N, D), generated (M, D). A point lies among a set if, for some point of that set, it is no farther from it
+    than that point's `neighbours`-th nearest neighbour within the set. Both depend on N and M. Returns two floats.
+    """
+    _check_features(real, generated, least=neighbours + 1)
+
+    def among(points, others):
+        reach = _distances(others, others).kthvalue(neighbours + 1, dim=1).values      # a point is its own nearest
+        return (_distances(points, others) <= reach).any(1).double().mean().item()
+
+    return among(generated, real), among(real, generated)
+
+
+def _distances(x, y):
+    """Euclidean distances (N, M); differences are squared one by one, so that a point is at 0 from itself."""
+    return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _check_features(a, b, least):
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: two sets of features are (N, D) and (M, D) with N "
+                         f"and M at least {least}")
+
 
 # ------------------------------------------------------------------------------------- Laplacian pyramid
 

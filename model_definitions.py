@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -427,6 +428,14 @@ def build(constants):
         c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE,
         recompute)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+
+
+def from_checkpoint(saved, device):
+    """The averaged (EMA) generator of a loaded checkpoint, ready for use, and the run's constants."""
+    constants = SimpleNamespace(**saved["constants"])
+    generator, _ = build(constants)
+    generator.load_state_dict(saved["ema"])
+    return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), constants
 
 
 # ------------------------------------------------------------------------------------- summary
