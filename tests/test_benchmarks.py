@@ -63,7 +63,27 @@ def test_scaling_says_the_exponents():
 
 
 @pytest.mark.parametrize("script,flags", [("step.py", ("--image-size", "33")), ("loader.py", ("--data", "/nowhere")),
-                                          ("scaling.py", ("--only", "NOTHING"))])
+                                          ("scaling.py", ("--only", "NOTHING")),
+                                          ("quality.py", ("--data", "/nowhere"))])
 def test_bad_input_gives_one_line_and_status_2(script, flags):
     status, _, error = run(script, *flags)
     assert status == 2 and len(error.strip().splitlines()) == 1 and script in error
+
+
+def test_quality_trains_both_sides_scores_them_and_goes_on_from_its_results(image_folder, tmp_path):
+    sys.path.insert(0, str(FOLDER))
+    import evaluate
+
+    images = image_folder(40, name="set")
+    flags = ("--data", str(images), "--minutes", "0.02", "--count", "36", "--out", str(tmp_path / "out"), "--",
+             *SMALL[2:], "--patch", "16")
+    status, out, error = run("quality.py", *flags)
+    if evaluate.find_extractor("cpu") is None:
+        assert status == 2 and "requirements-weights.txt" in error
+        return
+    assert status == 0, error
+    assert "set, seed 0: DCGAN" in out and "of DCGAN's, median of 1 seed" in out
+    assert (tmp_path / "out" / "set_seed0.png").is_file()
+    status, again, error = run("quality.py", *flags)
+    assert status == 0 and "seed 0:" not in again, error
+    assert again.splitlines()[-5:] == out.splitlines()[-5:]

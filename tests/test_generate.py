@@ -4,7 +4,9 @@ import torch
 from conftest import SMALL, draw_images
 from PIL import Image
 
+import checkpoints
 import generate
+import model_definitions
 import training
 
 
@@ -15,6 +17,10 @@ def trained(tmp_path_factory):
     images = draw_images(str(folder / "photos"), 8)
     assert training.main(["--data", images, "--runs-dir", str(folder / "runs"), "--steps", "2", *SMALL]) == 0
     return folder / "runs" / "photos"
+
+
+def load(run):
+    return model_definitions.from_checkpoint(checkpoints.find(run)[1], torch.device("cpu"))
 
 
 def read(file):
@@ -36,7 +42,7 @@ def test_one_seed_is_one_picture_at_any_count_and_batch_size(trained, tmp_path):
         name = f"{i:05d}.png"
         assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "20" / name)).max() <= 1
         assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "other" / name)).max() > 1
-    generator, c = generate.load_generator(trained, torch.device("cpu"))
+    generator, c = load(trained)
     z = generate.draw_z(1, 0, 5, c.LATENT_DIM)
     one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
     assert np.abs(one - five).max() <= 1
@@ -73,7 +79,7 @@ def test_a_single_checkpoint_file_does_too(trained, tmp_path):
 
 
 def test_samples_come_from_the_averaged_generator(trained):
-    generator, _ = generate.load_generator(trained, torch.device("cpu"))
+    generator, _ = load(trained)
     saved = torch.load(next((trained / "checkpoints").iterdir()), weights_only=True)
     name = "vae.from_z.weight"
     assert torch.equal(generator.state_dict()[name], saved["ema"][name])

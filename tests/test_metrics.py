@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.ndimage
 import scipy.stats
 import torch
@@ -248,3 +249,91 @@ def test_sets_that_cannot_be_compared_are_refused_in_one_line(a, b, message):
     with pytest.raises(ValueError, match=message) as error:
         metrics.sliced_wasserstein(a, b)
     assert "\n" not in str(error.value)
+
+# ------------------------------------------------------------------------------------- features
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    """Points on the axes, so that mean and covariance are exact: m and diag(s^2)."""
+    def cross(mean, deviation):
+        d = len(mean)
+        arms = torch.diag(deviation) * ((2 * d - 1) / 2) ** 0.5                  # so that cov, over N - 1, is diag(s^2)
+        return torch.cat([mean + arms, mean - arms])
+
+    m, n = points(1, 6)[0], points(1, 6, seed=1)[0]
+    s, t = points(1, 6, seed=2)[0].abs(), points(1, 6, seed=3)[0].abs()
+    expected = (m - n).square().sum() + (s - t).square().sum()
+    assert metrics.frechet_distance(cross(m, s), cross(n, t)) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_frechet_distance_is_scipys_matrix_root_for_full_covariances():
+    a, b = points(60, 8) @ points(8, 8, seed=1), points(50, 8, seed=2) @ points(8, 8, seed=3) + 1
+    A, B = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    root = scipy.linalg.sqrtm(A @ B).real
+    expected = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(A + B - 2 * root)
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_with_fewer_points_than_features_and_from_itself():
+    a = points(10, 40)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-4)
+    assert metrics.frechet_distance(a, a + 3) == pytest.approx(9 * 40, rel=1e-6)
+
+
+def test_frechet_distance_names_features_that_are_not_finite():
+    a = points(10, 4)
+    b = a.clone()
+    b[0, 0] = float("nan")
+    with pytest.raises((ValueError, RuntimeError)):
+        metrics.frechet_distance(b, a)
+
+
+def kid_by_loops(a, b):
+    """The unbiased estimator, written out pair by pair."""
+    def kernel(x, y):
+        return (float(x @ y) / len(x) + 1) ** 3
+
+    def within(x):
+        return np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+
+    return 1000 * (within(a) + within(b) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+
+
+def test_kernel_distance_is_the_estimator_written_pair_by_pair():
+    a, b = points(7, 3), points(5, 3, seed=1) + 0.5
+    value, error = metrics.kernel_distance(a, b)
+    assert value == pytest.approx(kid_by_loops(a.numpy(), b.numpy()), rel=1e-9)
+    parts = [[kid_by_loops(np.delete(x.numpy(), i, 0), y.numpy()) for i in range(len(x))] for x, y in ((a, b), (b, a))]
+    jackknife = sum((len(p) - 1) * np.var(p) for p in parts)
+    assert error == pytest.approx(jackknife ** 0.5, rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_is_the_spread_over_draws():
+    found = [metrics.kernel_distance(points(60, 4, seed=2 * i), points(60, 4, seed=2 * i + 1)) for i in range(200)]
+    values, errors = np.array(found).T
+    assert abs(values.mean()) < 4 * values.std() / 200 ** 0.5
+    assert values.std() == pytest.approx(errors.mean(), rel=0.35)
+
+
+def test_precision_and_recall_where_they_are_plain():
+    real = torch.cat([points(50, 2) * 0.1, points(50, 2, seed=1) * 0.1 + 10])
+    half = points(50, 2, seed=2) * 0.1                              # one of the two real clusters
+    precision, recall = metrics.precision_and_recall(real, half)
+    assert precision > 0.9 and 0.4 < recall <= 0.5
+    assert metrics.precision_and_recall(half, real) == (recall, precision)
+    assert metrics.precision_and_recall(real, real + 100) == (0, 0)
+    assert metrics.precision_and_recall(real, real) == (1, 1)
+
+
+def test_precision_by_hand_counts_the_kth_neighbour():
+    """On a line, real at 0, 1, 3, 7: with k = 1 their reaches are 1, 1, 2 and 4."""
+    real = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    generated = torch.tensor([[-1.1], [-0.9], [5.1], [11.1], [2.5]])       # out, in, in (7 reaches 3..11), out, in
+    assert metrics.precision_and_recall(real, generated, neighbours=1)[0] == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("function", [metrics.frechet_distance, metrics.kernel_distance, metrics.precision_and_recall])
+def test_features_that_do_not_fit_are_refused(function):
+    for a, b in ((points(9, 3), points(9, 4)), (points(1, 3), points(9, 3)), (points(9, 3)[0], points(9, 3))):
+        with pytest.raises(ValueError, match="features"):
+            function(a, b)
