@@ -12,10 +12,10 @@ repeats. The system's file cache is warm for both. DIR needs class folders, as I
                          scan, start of the workers and first epoch, which gives all batches once
     first pass, photos   the same on --large drawn JPEGs of 3000 x 2000; fewer than data.POOL_FROM start no workers.
                          1.8 bits a pixel at quality 90; 400 crops of real photos had 1.9, the median 1.7
-    warm batches         an epoch of training.real_batch, in this process; plain: the second epoch
+    warm batches         an epoch of training_step.real_batch, in this process; plain: the second epoch
     warm, mirrored       the same with FLIP; plain mirrors none
-    warm over a step     warm batches, and the images that training.training_step consumes with config.py's constants
-                         on the CPU. Nothing is read ahead, so a step spends 1 / ratio of its time on its batch.
+    warm over a step     warm batches, and the images that training_step consumes with config.py's constants on the
+                         CPU. Nothing is read ahead, so a step spends 1 / ratio of its time on its batch.
     start on N, seconds  with --many N: load_images on N drawn files of 8 x 8 pixels that were scanned before; plain:
                          ImageFolder's listing. At 32 px, since a start reads no pixels, whatever their size.
 """
@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import command_line
 import data
-import training
+import training_step
 from command_line import InputError
 
 
@@ -99,18 +99,18 @@ def plain_rates(root, c, epochs):
 
 
 def warm_rate(state, c, image_set):
-    """Images a second of training.real_batch over an epoch, of 50 batches at least: fewer are over too soon to time."""
+    """Images a second of real_batch over an epoch, of 50 batches at least: fewer are over too soon to time."""
     batches = max(50, len(image_set.train) // c.BATCH_SIZE)
     start = time.perf_counter()
     for _ in range(batches):
-        training.real_batch(state, c, image_set, 0)
+        training_step.real_batch(state, c, image_set, 0)
         state.counters["step"] += 1
     return batches * c.BATCH_SIZE / (time.perf_counter() - start)
 
 
 def step_rate(state, c, image_set):
     """Images a second that training_step consumes, over GP_EVERY steps: penalties come N_CRITIC times in so many."""
-    took, _ = timed(lambda: [training.training_step(state, c, image_set) for _ in range(c.GP_EVERY)])
+    took, _ = timed(lambda: [training_step.training_step(state, c, image_set) for _ in range(c.GP_EVERY)])
     return c.GP_EVERY * c.N_CRITIC * c.BATCH_SIZE / took
 
 
@@ -137,11 +137,11 @@ def load_alike(root, c, scratch):
 
 def compare(flags, c, scratch):
     """Times in turns all that --many does not ask for, after an untimed turn, and prints it."""
-    training.set_up(torch.device("cpu"), c)
-    image_set, state = load_alike(flags.data, c, scratch), training.new_state(c, torch.device("cpu"))
+    training_step.set_up(torch.device("cpu"), c)
+    image_set, state = load_alike(flags.data, c, scratch), training_step.new_state(c, torch.device("cpu"))
     mirroring, photos = SimpleNamespace(**{**vars(c), "FLIP": True}), scratch / "photos"
     draw(photos / "all", flags.large, large=True)
-    training.training_step(state, c, image_set)
+    training_step.training_step(state, c, image_set)
     turns = []
     for _ in range(flags.repeats):
         ours, (plain, plain_warm) = first_pass(flags.data, c, scratch), plain_rates(flags.data, c, epochs=2)

@@ -29,7 +29,7 @@ import torch
 import checkpoints
 import command_line
 import data
-import training
+import training_step
 from command_line import InputError
 
 BASE = ["--image-size", "64", "--batch-size", "16"]
@@ -63,12 +63,12 @@ def measure(steps, flags):
     image_set = data.ImageSet(images, [], np.arange(len(images)), np.arange(0), [])
     before, times = peak_bytes(device), []
 
-    training.set_up(device, c)
-    state = training.new_state(c, device)
+    training_step.set_up(device, c)
+    state = training_step.new_state(c, device)
     state.counters["step"] = c.GP_EVERY - 1         # so that the step that warms up has the penalty too
     for steps_of_round in [1] + [c.GP_EVERY] * max(1, steps // c.GP_EVERY):
         for _ in range(steps_of_round):
-            training.training_step(state, c, image_set)
+            training_step.training_step(state, c, image_set)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter())

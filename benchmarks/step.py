@@ -6,7 +6,7 @@
 
 First it checks that both versions compute the same losses. Then both make GP_EVERY steps at a time (so that each
 holds one gradient penalty), in turns, in one process, the textbook's with the C library's own way with memory
-(see training.keep_freed_memory): medians, and the range of the ratio over the turns. Between
+(see training_step.keep_freed_memory): medians, and the range of the ratio over the turns. Between
 them a matrix product and a convolution are timed, whose best is what the machine can do. The table says where a
 step of the shipped code goes: multiply-adds (as in the summary that training.py prints, backward passes
 included) and seconds of each part, timed alone. Random pictures; nothing is read or written.
@@ -30,7 +30,7 @@ import textbook
 import command_line
 import data
 import losses
-import training
+import training_step
 from model_definitions import CountMultiplyAdds
 
 TOLERANCE = 2e-3         # of a loss, relative: float32 sums in another order
@@ -72,7 +72,7 @@ def machine_best(device):
 
 def parts(state, c, image_set):
     """{name: (function, calls a step)}: each part of a step alone, forward and backward as the step does them."""
-    batch = training.make_batch(state, c, image_set, 0)
+    batch = training_step.make_batch(state, c, image_set, 0)
     vae, layer, critic = state.generator.vae, state.generator.layer, state.critic
     z = torch.cat([batch.z, batch.posterior_noise]).requires_grad_()
     with torch.no_grad():
@@ -102,12 +102,12 @@ def parts(state, c, image_set):
         layer.apply_alpha(x, layer.alpha_init * layer.alpha_span ** torch.tanh(small)).mean().backward()
 
     def update():
-        training.apply_update(state, state.critic, state.critic_optimizer)
-        training.apply_update(state, state.generator, state.generator_optimizer)
-        training.update_ema(state, c)
+        training_step.apply_update(state, state.critic, state.critic_optimizer)
+        training_step.apply_update(state, state.generator, state.generator_optimizer)
+        training_step.update_ema(state, c)
 
     return {
-        "critic scores": (lambda: training.critic_scores(critic, batch.real, fake.detach(), 0.0)[0].backward(),
+        "critic scores": (lambda: training_step.critic_scores(critic, batch.real, fake.detach(), 0.0)[0].backward(),
                           c.N_CRITIC),
         "gradient penalty": (penalty, c.N_CRITIC / c.GP_EVERY),
         "critic in the generator's update": (frozen_critic, 1),
@@ -118,7 +118,7 @@ def parts(state, c, image_set):
         "layer: Transformer and alpha head": (transformer, 1),
         "layer: alpha and tanh": (alpha, 1),
         "optimizers, finite checks, EMA": (update, 1),
-        "batch and random draws": (lambda: training.make_batch(state, c, image_set, 0), c.N_CRITIC),
+        "batch and random draws": (lambda: training_step.make_batch(state, c, image_set, 0), c.N_CRITIC),
     }
 
 
@@ -135,7 +135,7 @@ def check_same_losses(state, book, c, image_set):
     """Both versions from the same weights, one step with a penalty; raises SystemExit where they differ."""
     for counters in (state.counters, book.draws.counters):
         counters["step"] = c.GP_EVERY - 1
-    ours = {name: float(value) for name, value in training.training_step(state, c, image_set).items()}
+    ours = {name: float(value) for name, value in training_step.training_step(state, c, image_set).items()}
     theirs = textbook.training_step(book, c, image_set)
     worst = max(theirs, key=lambda name: abs(ours[name] - theirs[name]) / max(1, abs(theirs[name])))
     for name, value in theirs.items():
@@ -151,14 +151,14 @@ def compare(state, book, c, image_set, repeats):
             for _ in range(c.GP_EVERY):
                 function(which, c, image_set)
 
-        training.keep_freed_memory(which is state)
+        training_step.keep_freed_memory(which is state)
         turn()                                                   # settles memory and caches after the other's turn
         return seconds(turn, state.device) / c.GP_EVERY
 
     ours, theirs, best = [], [], []
     for turn in range(repeats + 1):                              # the first turn warms up
         best.append(machine_best(state.device))
-        pair = timed_steps(training.training_step, state), timed_steps(textbook.training_step, book)
+        pair = timed_steps(training_step.training_step, state), timed_steps(textbook.training_step, book)
         if turn:
             ours.append(pair[0])
             theirs.append(pair[1])
@@ -178,7 +178,7 @@ def print_parts(state, c, image_set, best, rounds):
     """Times whole steps and each part alone in the same rounds, so that a change of the machine's speed hits all."""
     whole, table = [], {name: (*entry, []) for name, entry in parts(state, c, image_set).items()}
     for _ in range(rounds + 1):
-        whole.append(seconds(lambda: [training.training_step(state, c, image_set) for _ in range(c.GP_EVERY)],
+        whole.append(seconds(lambda: [training_step.training_step(state, c, image_set) for _ in range(c.GP_EVERY)],
                              state.device) / c.GP_EVERY)
         for function, calls, durations in table.values():
             durations.append(calls * seconds(function, state.device))
@@ -198,7 +198,7 @@ def print_parts(state, c, image_set, best, rounds):
 def print_profile(state, c, image_set):
     with torch.profiler.profile() as profile:
         for _ in range(c.GP_EVERY):
-            training.training_step(state, c, image_set)
+            training_step.training_step(state, c, image_set)
     key = "self_device_time_total" if state.device.type == "cuda" else "self_cpu_time_total"
     rows = sorted(profile.key_averages(), key=lambda row: getattr(row, key), reverse=True)
     whole = sum(getattr(row, key) for row in rows)
@@ -217,15 +217,15 @@ def main(argv=None):
     except command_line.InputError as error:
         print(f"step.py: {error}", file=sys.stderr)
         return 2
-    training.set_up(device, c)
-    state, image_set = training.new_state(c, device), random_images(c)
+    training_step.set_up(device, c)
+    state, image_set = training_step.new_state(c, device), random_images(c)
     torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)     # at 0 no gradient would pass the head
     book = textbook.like(state, c)
     print(f"batch ({c.BATCH_SIZE}, {c.CHANNELS}, {c.IMAGE_SIZE}, {c.IMAGE_SIZE}), {c.TRANSFORMER_HEADS} heads, "
           f"{c.TRANSFORMER_LAYERS} layers; torch {torch.__version__} on {device}")
     check_same_losses(state, book, c, image_set)
     best = compare(state, book, c, image_set, arguments.repeats)
-    training.set_up(device, c)
+    training_step.set_up(device, c)
     print_parts(state, c, image_set, best, arguments.repeats)
     if arguments.profile:
         print_profile(state, c, image_set)

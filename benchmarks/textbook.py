@@ -1,6 +1,6 @@
-"""One training step as a careful reader of the papers would write it first: the slow twin of training.py's.
+"""One training step as a careful reader of the papers would write it first: the slow twin of training_step.py's.
 
-The mathematics, weights and random draws are training.py's (checked by step.py); the ways are the obvious ones:
+The mathematics, weights and random draws are training_step.py's (checked by step.py); the ways are the obvious ones:
 - the synthetic video is made frame by frame in a Python loop and convolved as it is,
 - noise and reconstruction go through the generator in two passes, real and fake through the critic in two,
 - each update makes its pictures anew with a generator pass of its own,
@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 
 import losses
-import training
+import training_step
 
 
 @dataclass
 class Textbook:
-    """Networks and optimizers; `draws` is a state of training.py of which only the counters and the seed are used."""
+    """Networks and optimizers; `draws` is a State of which only the counters and the seed are used."""
     generator: torch.nn.Module
     critic: torch.nn.Module
     ema: torch.nn.Module
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
-    draws: training.State
+    draws: training_step.State
 
 
 def like(state, c):
-    """A Textbook with the weights of a fresh state of training.py."""
+    """A Textbook with the weights of a fresh State."""
     generator, critic = (copy.deepcopy(m).to(memory_format=torch.contiguous_format)
                          for m in (state.generator, state.critic))
     betas = (c.BETA_1, c.BETA_2)
@@ -109,7 +109,7 @@ def training_step(book, c, image_set):
     """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars as numbers."""
     values = {}
     for update in range(c.N_CRITIC):
-        batch = training.make_batch(book.draws, c, image_set, update)
+        batch = training_step.make_batch(book.draws, c, image_set, update)
         batch.real = batch.real.contiguous()
         values |= critic_step(book, c, batch)
     values |= generator_step(book, c, batch)

@@ -37,14 +37,14 @@ def test_step_counts_what_a_whole_step_counts():
     import torch
 
     import command_line
-    import training
+    import training_step
 
     c, _ = command_line.parse_constants([*SMALL, "--gp-every", "1"])
-    state = training.new_state(c, torch.device("cpu"))
+    state = training_step.new_state(c, torch.device("cpu"))
     torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)
     images = step.random_images(c, 16)
     parts = sum(calls * step.count(function) for function, calls in step.parts(state, c, images).values())
-    whole = step.count(lambda: training.training_step(state, c, images))
+    whole = step.count(lambda: training_step.training_step(state, c, images))
     assert parts == pytest.approx(whole, rel=0.02)
 
 

@@ -21,7 +21,9 @@ from PIL import Image
 import checkpoints
 import command_line
 import data
+import run_log
 import training
+import training_step
 
 
 @pytest.fixture
@@ -40,7 +42,8 @@ def run(photos, tmp_path):
 @pytest.fixture
 def small_state(photos, tmp_path):
     c, _ = command_line.parse_constants(["--data", photos, *SMALL])
-    return training.new_state(c, torch.device("cpu")), c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
+    images = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
+    return training_step.new_state(c, torch.device("cpu")), c, images
 
 
 def lines(tmp_path, name="photos"):
@@ -257,7 +260,7 @@ def test_a_runs_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
 def test_a_step_leaves_the_global_generators_alone(small_state):
     state, c, images = small_state
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    training.training_step(state, c, images)
+    training_step.training_step(state, c, images)
     assert torch.equal(before, torch.get_rng_state()) and np.array_equal(numpy_before, np.random.get_state()[1])
 
 
@@ -265,26 +268,26 @@ def test_a_step_is_a_function_of_the_seed(photos, tmp_path):
     images, weights = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0), []
     for seed in ("1", "1", "2"):
         c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--seed", seed])
-        state = training.new_state(c, torch.device("cpu"))
+        state = training_step.new_state(c, torch.device("cpu"))
         torch.manual_seed(len(weights))
-        training.training_step(state, c, images)
+        training_step.training_step(state, c, images)
         weights.append(vector(state.generator))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_each_side_moves_its_own_weights_only(small_state):
     state, c, images = small_state
-    batch = training.make_batch(state, c, images, 0)
+    batch = training_step.make_batch(state, c, images, 0)
 
     def snapshot():
         return [vector(m) for m in (state.critic, state.generator)]
 
     critic, generator = snapshot()
-    training.critic_step(state, c, batch)
+    training_step.critic_step(state, c, batch)
     assert not torch.equal(critic, snapshot()[0]) and torch.equal(generator, snapshot()[1])
     assert all(p.grad is None for p in state.generator.parameters())
     critic, generator = snapshot()
-    training.generator_step(state, c, batch)
+    training_step.generator_step(state, c, batch)
     assert torch.equal(critic, snapshot()[0]) and not torch.equal(generator, snapshot()[1])
     assert all(p.requires_grad for p in state.critic.parameters())
 
@@ -294,7 +297,7 @@ def test_the_layer_learns_in_the_generators_update(small_state):
     before = state.generator.layer.to_s.weight.clone()
     tokens = state.generator.layer.to_tokens.weight.clone()
     for _ in range(2):                          # the first step only wakes the head, through which the rest learns
-        training.training_step(state, c, images)
+        training_step.training_step(state, c, images)
     assert not torch.equal(before, state.generator.layer.to_s.weight)
     assert not torch.equal(tokens, state.generator.layer.to_tokens.weight)
 
@@ -302,9 +305,9 @@ def test_the_layer_learns_in_the_generators_update(small_state):
 def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
     state, c, images = small_state
     before = vector(state.critic)
-    batch = training.make_batch(state, c, images, 0)
+    batch = training_step.make_batch(state, c, images, 0)
     batch.real[0, 0, 0, 0] = float("nan")
-    training.critic_step(state, c, batch)
+    training_step.critic_step(state, c, batch)
     assert torch.equal(before, vector(state.critic))
     assert state.read_counters()["skipped_updates"] == 1
     assert all(entry["step"] == 0 for entry in state.critic_optimizer.state.values())      # as if it had never been
@@ -313,10 +316,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
 def test_the_penalty_comes_every_gp_every_updates_with_as_many_times_the_weight(small_state):
     state, c, images = small_state
     c.GP_EVERY, c.LAMBDA_DRIFT = 3, 0.0
-    batch, found = training.make_batch(state, c, images, 0), []
+    batch, found = training_step.make_batch(state, c, images, 0), []
     for step in range(6):
         state.counters["step"] = step
-        values = training.critic_step(state, c, batch)
+        values = training_step.critic_step(state, c, batch)
         extra = values["critic_loss"] + values["score_gap"]
         assert extra.item() == pytest.approx(30 * values.get("gradient_penalty", torch.zeros(())).item(), abs=1e-3)
         found.append("gradient_penalty" in values)
@@ -332,17 +335,17 @@ def test_ema_starts_as_a_copy_and_has_its_half_life(small_state):
     c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP = 0.04, 1e9                    # 40 images, 10 batches of 4
     state.counters["images_seen"] = 4
     for _ in range(10):
-        training.update_ema(state, c)
+        training_step.update_ema(state, c)
     assert all(torch.allclose(p, torch.tensor(0.5), atol=1e-5) for p in state.ema.parameters())
     state.counters["images_seen"] = 0
-    training.update_ema(state, c)
+    training_step.update_ema(state, c)
     assert all(torch.equal(p, q) for p, q in zip(state.ema.parameters(), state.generator.parameters()))
 
 
 def test_the_critic_sees_each_image_once_an_epoch_with_several_updates_a_step(small_state):
     state, c, images = small_state
     c.N_CRITIC, seen = 3, []
-    seen = [tuple(training.real_batch(state, c, images, update)[i].flatten()[:40].tolist())
+    seen = [tuple(training_step.real_batch(state, c, images, update)[i].flatten()[:40].tolist())
             for update in range(3) for i in range(4)]
     assert len(set(seen)) == 12
 
@@ -352,15 +355,15 @@ def test_the_critic_sees_each_image_once_an_epoch_with_several_updates_a_step(sm
 def gradients_of_a_step(photos, tmp_path, monkeypatch, *flags):
     """The gradients that both updates of one step with a penalty hand to Adam, and the step's values."""
     c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--gp-every", "1", *flags])
-    state = training.new_state(c, torch.device("cpu"))
+    state = training_step.new_state(c, torch.device("cpu"))
     torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02, generator=torch.Generator().manual_seed(0))
     found = []
 
     def keep(state, model, optimizer):
         found.extend(p.grad.clone() for p in model.parameters())
 
-    monkeypatch.setattr(training, "apply_update", keep)
-    values = training.training_step(state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0))
+    monkeypatch.setattr(training_step, "apply_update", keep)
+    values = training_step.training_step(state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0))
     return found, values
 
 
@@ -384,8 +387,8 @@ def test_saving_memory_changes_no_gradient(flags, photos, tmp_path, monkeypatch)
 def test_recomputing_keeps_fewer_activations(photos, tmp_path, monkeypatch):
     def kept(*flags):
         c, _ = command_line.parse_constants(["--data", photos, *SMALL, *flags])
-        state, total = training.new_state(c, torch.device("cpu")), 0
-        batch = training.make_batch(state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0), 0)
+        state, total = training_step.new_state(c, torch.device("cpu")), 0
+        batch = training_step.make_batch(state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0), 0)
 
         def pack(tensor):
             nonlocal total
@@ -393,7 +396,7 @@ def test_recomputing_keeps_fewer_activations(photos, tmp_path, monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            training.make_pictures(state, batch, slice(0, c.BATCH_SIZE))
+            training_step.make_pictures(state, batch, slice(0, c.BATCH_SIZE))
         return total
 
     assert kept("--recompute-activations") < 0.7 * kept()
@@ -411,13 +414,13 @@ def test_compiled_losses_are_one_graph_and_equal(photos, tmp_path, monkeypatch):
 
 def test_mixed_precision_keeps_scores_pictures_and_alpha_in_float32(small_state):
     state, c, images = small_state
-    batch = training.make_batch(state, c, images, 0)
+    batch = training_step.make_batch(state, c, images, 0)
     args = state.generator, batch.real, batch.z, batch.posterior_noise, batch.changes
-    exact = training.generator_pass(*args)
+    exact = training_step.generator_pass(*args)
     inside = []
     state.generator.vae.encoder[0][0].register_forward_hook(lambda module, inputs, out: inside.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = training.generator_pass(*args)
+        rounded = training_step.generator_pass(*args)
         score = state.critic(batch.real)
     assert inside == [torch.bfloat16]
     for one, other in zip(exact, rounded):
@@ -429,22 +432,22 @@ def test_mixed_precision_keeps_scores_pictures_and_alpha_in_float32(small_state)
 
 def test_the_cpu_stays_in_float32(small_state):
     state, c, _ = small_state
-    with training.mixed_precision(state, c):
+    with training_step.mixed_precision(state, c):
         assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU")
 def test_a_step_on_cuda_waits_for_the_device_at_most_once(photos, tmp_path):
     c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--device", "cuda"])
-    state = training.new_state(c, torch.device("cuda"))
+    state = training_step.new_state(c, torch.device("cuda"))
     images = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
     for _ in range(3):
-        training.training_step(state, c, images)
+        training_step.training_step(state, c, images)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            training.training_step(state, c, images)
+            training_step.training_step(state, c, images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
@@ -455,23 +458,23 @@ def test_both_updates_of_a_step_share_one_generator_pass(small_state, monkeypatc
     calls = []
     decode = state.generator.vae.decode
     monkeypatch.setattr(state.generator.vae, "decode", lambda z: calls.append(len(z)) or decode(z))
-    training.training_step(state, c, images)
+    training_step.training_step(state, c, images)
     assert calls == [2 * c.BATCH_SIZE]
     c.N_CRITIC = 2
-    training.training_step(state, c, images)
+    training_step.training_step(state, c, images)
     assert calls[1:] == [c.BATCH_SIZE, 2 * c.BATCH_SIZE]
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
                     reason="a setting of the GNU C library")
 def test_freed_memory_is_kept_for_the_next_tensor():
-    script = ("import resource, torch, training\n"
+    script = ("import resource, torch, training_step\n"
               "def faults():\n"
               "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
               "    torch.ones(2 ** 24)\n"                                         # 64 MiB, 16,384 pages
               "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
               "for keep in (False, True):\n"
-              "    training.keep_freed_memory(keep)\n"
+              "    training_step.keep_freed_memory(keep)\n"
               "    print(min(faults() for _ in range(9)))")             # small blocks may come to lie in between once
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                          cwd=Path(training.__file__).parent).stdout
@@ -482,13 +485,13 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 # ------------------------------------------------------------------------------------- small parts
 
 def test_samples_come_early_and_then_at_their_distance():
-    steps = [s for s in range(5001) if training.is_sample_step(s, 1000)]
+    steps = [s for s in range(5001) if run_log.is_sample_step(s, 1000)]
     assert steps == [0, 50, 100, 200, 400, 800, 1000, 2000, 3000, 4000, 5000]
-    assert [s for s in range(61) if training.is_sample_step(s, 20)] == [0, 20, 40, 60]
+    assert [s for s in range(61) if run_log.is_sample_step(s, 20)] == [0, 20, 40, 60]
 
 
 def test_a_run_of_more_than_a_day_says_what_would_fit_one():
     c, _ = command_line.parse_constants(["--steps", "20000"])
-    line = training.duration_line(c, 8.0, 10)
+    line = run_log.duration_line(c, 8.0, 10)
     assert "to fit a day, give --steps 10810, or --image-size 80" in line
-    assert "fit a day" not in training.duration_line(c, 1.0, 10)
+    assert "fit a day" not in run_log.duration_line(c, 1.0, 10)

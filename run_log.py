@@ -1,0 +1,147 @@
+"""What a run shows while it trains: sample sheets, metrics.jsonl, the progress bar, how long it will take."""
+
+import json
+import math
+import sys
+import textwrap
+import time
+
+import torch
+from tqdm import tqdm
+
+import command_line
+import data
+import model_definitions
+import pictures
+import random_keys
+
+PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
+
+
+def is_sample_step(step, every):
+    """0, 50, 100, 200, 400, ... until `every` is reached, then each multiple of it."""
+    if step >= every:
+        return step % every == 0
+    return step == 0 or (step % 50 == 0 and (step // 50).bit_count() == 1)
+
+
+@torch.no_grad()
+def write_samples(state, c, image_set, folder):
+    """Sheets from fixed noise and fixed pictures: real, generated, reconstructed, alpha maps, synthetic video."""
+    columns = math.ceil(math.sqrt(c.SAMPLE_COUNT))
+    shown = image_set.held_out if len(image_set.held_out) else image_set.train
+    order = random_keys.numpy_generator(c.SEED, "pictures to reconstruct").permutation(len(shown))
+    real = data.read_batch(image_set, shown[order[:c.SAMPLE_COUNT]], None)
+    z = torch.randn(c.SAMPLE_COUNT, c.LATENT_DIM, generator=random_keys.generator(c.SEED, "samples"))
+
+    def in_batches(function, tensor):
+        parts = [function(part.to(state.device)) for part in tensor.split(c.BATCH_SIZE)]
+        return [torch.cat([p.cpu() for p in column]) for column in zip(*parts)]
+
+    image, alpha = in_batches(state.ema.image_and_alpha, z)
+    reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
+    frames = state.ema.layer.frames(state.ema.vae.decode(z[:4].to(state.device)))
+    video = [pictures.grid(to_array(frame * 2 - 1), columns=4) for frame in frames.chunk(c.NUM_FRAMES, dim=1)]
+
+    name = f"step_{state.counters['step']:08d}"
+    low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
+    maps = pictures.heat_map(alpha.mean(1).numpy(), low, high, log=True)
+    for kind, sheet in (("real", to_array(data.to_image(real))), ("generated", to_array(image)),
+                        ("reconstructed", to_array(reconstructed)), ("alpha", maps)):
+        sheet = pictures.grid(sheet, columns)
+        if kind == "alpha":
+            sheet = pictures.beside(sheet, pictures.colour_bar(low, high, sheet.shape[0], log=True))
+        pictures.save_png(folder / f"{name}_{kind}.png", sheet)
+    pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
+
+
+def to_array(image):
+    """image (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C)."""
+    return data.to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Log:
+    """metrics.jsonl, and the progress bar, or plain lines where the output is no terminal."""
+
+    def __init__(self, run_folder, c, step):
+        self.c, self.first_step, self.started = c, step, time.monotonic()
+        self.last_line = self.last_time = self.started
+        self.last_step, self.first_step_done = step, None
+        self.file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
+                        bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
+
+    def step(self, state, values):
+        """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps."""
+        c, step, now = self.c, state.counters["step"], time.monotonic()
+        self.bar.update(1)
+        self.say_duration(step, now)
+        if step % c.LOG_EVERY:
+            return
+        values = dict(zip(values, torch.stack(list(values.values())).tolist()))      # one wait for the device, not many
+        if "gradient_norm" in values:
+            values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
+        speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
+        self.last_step, self.last_time = step, now
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
+        line = {**state.read_counters(), **finite, "images_per_second": round(speed, 2),
+                "seconds": round(now - self.started, 2)}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.show(step, values, speed, now)
+
+    def say_duration(self, step, now):
+        """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
+        if step == self.first_step + 1:
+            self.first_step_done = now
+        elif step == self.first_step + 11:
+            tqdm.write(duration_line(self.c, (now - self.first_step_done) / 10, step))
+
+    def show(self, step, values, speed, now):
+        names = {"D": "critic_loss", "gap": "score_gap", "norm": "gradient_norm", "W": "wasserstein",
+                 "rec": "reconstruction", "KL": "kl", "alpha": "alpha_mean"}
+        left = (now - self.started) / (step - self.first_step) * (self.c.STEPS - step)
+        if self.c.MINUTES:
+            left = min(left, max(0, 60 * self.c.MINUTES - (now - self.started)))
+        text = f"{in_words(left)} left {speed:.1f} img/s " + " ".join(
+            f"{short} {values[name]:.3g}" for short, name in names.items() if name in values)
+        text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
+        self.bar.set_description_str(text, refresh=False)
+        if self.bar.disable and (now - self.last_line > PLAIN_LINE_SECONDS or step + self.c.LOG_EVERY > self.c.STEPS):
+            self.last_line = now
+            print(f"step {step}/{self.c.STEPS} {text}", flush=True)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def in_words(seconds):
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def duration_line(c, seconds_a_step, step):
+    """How long the run will take, and when that is over a day, which flags make it fit one."""
+    left = (c.STEPS - step) * seconds_a_step
+    text = f"{c.STEPS} steps will take {in_words(left)} more at {seconds_a_step:.2f} s a step"
+    if c.MINUTES and left > c.MINUTES * 60:
+        return text + f"; --minutes {c.MINUTES:g} ends before that"
+    if left <= 86400:
+        return text
+    fitting = int(step + 86400 / seconds_a_step)
+    smaller = [s for s in command_line.IMAGE_SIZES
+               if s < c.IMAGE_SIZE and s % c.PATCH == 0 and left * (s / c.IMAGE_SIZE) ** 2 < 86400]
+    other = f", or --image-size {smaller[-1]} in a run of its own" if smaller else ""
+    return text + f": to fit a day, give --steps {fitting}{other}"
+
+
+def print_start(c, state, image_set):
+    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
+    print(f"{'part':28}{'parameters':>12}{'multiply-adds an image':>26}")
+    for name, parameters, count in model_definitions.summary(state.generator, state.critic, c.BATCH_SIZE):
+        print(f"{name:28}{parameters:12,}{count:26,}")
+    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}")

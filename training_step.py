@@ -1,0 +1,284 @@
+"""One training step: the state that it changes, the critic's and the generator's update, the averaged generator.
+
+Every random draw is a function of (SEED, rollbacks, step, critic update, purpose), made for the whole batch.
+"""
+
+import contextlib
+import copy
+import ctypes
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+
+import data
+import losses
+import model_definitions
+import random_keys
+
+FUSED_ADAM = ("cpu", "cuda")   # where fused Adam is known to take a verdict on the device
+
+
+# ------------------------------------------------------------------------------------- state
+
+@dataclass
+class State:
+    """All that changes while a run trains, and all that a checkpoint holds."""
+    generator: model_definitions.Generator
+    critic: model_definitions.Discriminator
+    ema: model_definitions.Generator
+    generator_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    device: torch.device
+    functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
+    skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
+    counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "skipped_updates": 0})
+
+    PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
+
+    def state_dict(self):
+        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": self.read_counters()}
+
+    def load_state_dict(self, saved):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        self.counters.update(saved["counters"])
+        self.skipped.fill_(self.counters["skipped_updates"])
+
+    def read_counters(self):
+        """The counters as plain numbers; waits for the device."""
+        self.counters["skipped_updates"] = int(self.skipped)
+        return dict(self.counters)
+
+    def draw(self, constants, purpose, update=0):
+        """The torch.Generator for one purpose of the current step and critic update."""
+        return random_keys.generator(constants.SEED, purpose, self.counters["rollbacks"], self.counters["step"], update)
+
+
+def new_state(c, device):
+    """Networks and optimizers at their start, a function of SEED; torch's global generator is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
+        generator, critic = model_definitions.build(c)
+    generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
+    generator.layer.to_tokens.to(memory_format=torch.contiguous_format)       # rearranged each step, half the time so
+    ema = copy.deepcopy(generator).requires_grad_(False)
+
+    def adam(model, learning_rate):          # fused: twice as fast as the default, on the CPU too
+        return torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(c.BETA_1, c.BETA_2),
+                                fused=device.type in FUSED_ADAM)
+
+    functions = (generator_pass, generator_loss, critic_scores, losses.gradient_norm)
+    compiled = {f.__name__: torch.compile(f, fullgraph=True) if c.COMPILE else f for f in functions}
+    return State(generator, critic, ema, adam(generator, c.LEARNING_RATE), adam(critic, c.CRITIC_LEARNING_RATE), device,
+                 SimpleNamespace(**compiled), torch.zeros((), dtype=torch.int64, device=device))
+
+
+def set_up(device, c):
+    """Process-wide settings for speed; none changes what is computed on the CPU."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if c.TF32 else "highest")
+        torch.backends.cudnn.allow_tf32 = c.TF32
+        torch.backends.cudnn.benchmark = True              # every step has the same shapes
+
+
+def keep_freed_memory(keep=True):
+    """Has Linux's C library keep the memory of freed tensors for the next ones; keep=False: as it does by itself.
+
+    By itself it gives blocks above 32 MiB back at once and takes them anew, zeroed page by page: 40 ms for 64 MiB on
+    the virtual machine that this was measured on, several times what was then computed in them.
+    """
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1             # the parameters' numbers in malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):     # another system's library: nothing is done
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version                                  # noqa: B018
+        library.mallopt(mmap_max, 0 if keep else 65536)
+        library.mallopt(mmap_threshold, 2 ** 25)
+        library.mallopt(trim_threshold, 2 ** 31 - 1 if keep else 2 ** 26)
+
+
+# ------------------------------------------------------------------------------------- one training step
+
+def to_device(tensor, device):
+    """A tensor of this step on the device; to CUDA from pinned memory, so that the copy waits for nothing."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def real_batch(state, c, image_set, update):
+    """The real images of a critic update, (B, C, H, W) in [-1, 1]: a function of SEED, step and update alone."""
+    position = (state.counters["step"] * c.N_CRITIC + update) * c.BATCH_SIZE
+    indices = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)]
+    flips = None
+    if c.FLIP:
+        flips = torch.rand(c.BATCH_SIZE, generator=state.draw(c, "flip", update)).numpy() < 0.5
+    return data.to_image(to_device(data.read_batch(image_set, indices, flips), state.device))
+
+
+@dataclass
+class Batch:
+    """The real images of one critic update, and all that is drawn for it; the generator's update takes the last one."""
+    update: int                                     # number of the critic update within the step
+    real: torch.Tensor                              # (B, C, H, W) in [-1, 1]
+    z: torch.Tensor                                 # (B, LATENT_DIM) from N(0, I), for the fakes
+    posterior_noise: torch.Tensor                   # (B, LATENT_DIM) from N(0, I), for the reconstructions
+    between: torch.Tensor                           # (B,) in [0, 1), for the penalty
+    changes: model_definitions.Changes              # of the synthetic video's frames, one for the whole batch
+
+
+def make_batch(state, c, image_set, update):
+    def draw(function, purpose, *shape):
+        return to_device(function(shape, generator=state.draw(c, purpose, update)), state.device)
+
+    changes = state.generator.layer.video.draw(state.draw(c, "video", update))
+    return Batch(update, real_batch(state, c, image_set, update),
+                 draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
+                 draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
+                 draw(torch.rand, "between", c.BATCH_SIZE),
+                 model_definitions.Changes(*(to_device(tensor, state.device) for tensor in changes)))
+
+
+def micro_batches(c):
+    """Slices of a batch, MICRO_BATCH pictures each. All losses are means over pictures, so that gradients add up."""
+    size = c.MICRO_BATCH or c.BATCH_SIZE
+    return [slice(start, start + size) for start in range(0, c.BATCH_SIZE, size)]
+
+
+def mixed_precision(state, c):
+    """bfloat16 where it is safe, on CUDA; the networks keep scores, alpha and pictures in float32 themselves."""
+    enabled = c.BFLOAT16 and state.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(state.device.type, torch.bfloat16, enabled=enabled)
+
+
+def generator_pass(generator, real, z, posterior_noise, changes):
+    """Pictures from z and reconstructions of real in one pass through decoder and layer.
+
+    -> image (2B, C, H, W), the fakes and then the reconstructions, its alpha, and mu, logvar (B, LATENT_DIM)."""
+    mu, logvar = generator.vae.encode(real)
+    image, alpha = generator.image_and_alpha(
+        torch.cat([z, generator.vae.reparameterize(mu, logvar, posterior_noise)]), changes=changes)
+    return image, alpha, mu, logvar
+
+
+def make_pictures(state, batch, part):
+    """generator_pass over a part of the batch."""
+    return state.functions.generator_pass(state.generator, batch.real[part], batch.z[part],
+                                          batch.posterior_noise[part], batch.changes)
+
+
+def generator_loss(critic, real, image, mu, logvar, lambda_rec, lambda_kl):
+    """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), and its two VAE terms."""
+    fake, reconstructed = image.chunk(2)
+    reconstruction, kl = losses.reconstruction_loss(reconstructed, real), losses.kl_divergence(mu, logvar)
+    factor = losses.size_factor(*real.shape[1:])
+    loss = losses.generator_loss(critic(fake), reconstruction, kl, real[0].numel(), lambda_rec * factor,
+                                 lambda_kl * factor)
+    return loss, reconstruction, kl
+
+
+def critic_scores(critic, real, fake, lambda_drift):
+    """L_D without its penalty, and the gap D(real) - D(fake): one pass for both sides."""
+    real_score, fake_score = critic(torch.cat([real, fake])).chunk(2)
+    return losses.critic_loss(real_score, fake_score, 0, 0, lambda_drift), real_score.mean() - fake_score.mean()
+
+
+def apply_update(state, model, optimizer):
+    """One optimizer step on the gradients; where one of them is not finite, nothing is applied, and it is counted.
+
+    The verdict stays on the device, where fused Adam takes it as GradScaler would hand it: no wait for the device.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    bad = ~torch.isfinite(norm)
+    state.skipped += bad
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf, optimizer.grad_scale = bad.float(), None
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def critic_step(state, c, batch, shared=None):
+    """One update on L_D = mean D(fake) - mean D(real) + LAMBDA_GP * GP + drift; returns scalars (tensors) to log.
+
+    The penalty has a backward pass of its own, so that its graph and that of the scores never share the memory.
+    """
+    state.critic_optimizer.zero_grad(set_to_none=True)
+    with_penalty = (state.counters["step"] * c.N_CRITIC + batch.update + 1) % c.GP_EVERY == 0
+    parts, values = micro_batches(c), []
+    for part in parts:
+        with mixed_precision(state, c):
+            if shared is not None:
+                fake = shared[0].detach().chunk(2)[0]
+            else:
+                with torch.no_grad():
+                    fake, _ = state.generator.image_and_alpha(batch.z[part], changes=batch.changes)
+            loss, gap = state.functions.critic_scores(state.critic, batch.real[part], fake, c.LAMBDA_DRIFT)
+        (loss / len(parts)).backward()
+        values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})
+        if with_penalty:
+            x_hat = losses.between(batch.real[part], fake, batch.between[part])
+            norm = state.functions.gradient_norm(state.critic, x_hat)
+            penalty, weight = losses.gradient_penalty(norm), c.LAMBDA_GP * c.GP_EVERY
+            (weight * penalty / len(parts)).backward()
+            values[-1] |= {"gradient_norm": norm.detach().mean(), "gradient_penalty": penalty.detach(),
+                           "critic_loss": (loss + weight * penalty).detach()}
+    apply_update(state, state.critic, state.critic_optimizer)
+    return combined(values)
+
+
+def generator_step(state, c, batch, shared=None):
+    """One update on L_G, VAE and layer together; returns scalars (tensors) to log."""
+    state.generator_optimizer.zero_grad(set_to_none=True)
+    state.critic.requires_grad_(False)
+    parts, values = micro_batches(c), []
+    for part in parts:
+        with mixed_precision(state, c):
+            image, alpha, mu, logvar = shared or make_pictures(state, batch, part)
+            loss, reconstruction, kl = state.functions.generator_loss(
+                state.critic, batch.real[part], image, mu, logvar, c.LAMBDA_REC, c.LAMBDA_KL)
+        (loss / len(parts)).backward()
+        alpha, mu, logvar = alpha.detach(), mu.detach(), logvar.detach()
+        values.append({"generator_loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.detach(),
+                       "posterior_variance": (mu.square() + logvar.exp()).mean(), "alpha_mean": alpha.mean(),
+                       "alpha_min": alpha.min(), "alpha_max": alpha.max(),
+                       "alpha_spread": alpha.std(dim=(2, 3)).mean()})
+    apply_update(state, state.generator, state.generator_optimizer)
+    state.critic.requires_grad_(True)
+    return combined(values)
+
+
+def combined(values):
+    """The scalars of all micro-batches as one dict."""
+    how = {"alpha_min": torch.amin, "alpha_max": torch.amax}
+    return {name: how.get(name, torch.mean)(torch.stack([part[name] for part in values])) for name in values[0]}
+
+
+@torch.no_grad()
+def update_ema(state, c):
+    """Averages the generator's weights with a half-life in images, shorter at the start (Karras et al. 2020)."""
+    half_life = min(1000 * c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP * state.counters["images_seen"])
+    weight = 1 - 0.5 ** (c.BATCH_SIZE / half_life) if half_life > 0 else 1.0
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.generator.parameters()), weight)
+
+
+def training_step(state, c, image_set):
+    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors).
+
+    The generator does not change between the last critic update and its own, so the two share z and, where a batch
+    is one piece, the pass that made the pictures too.
+    """
+    values, shared, parts = {}, None, micro_batches(c)
+    for update in range(c.N_CRITIC):
+        batch = make_batch(state, c, image_set, update)
+        if len(parts) == 1 and update == c.N_CRITIC - 1:
+            with mixed_precision(state, c):
+                shared = make_pictures(state, batch, parts[0])
+        values |= critic_step(state, c, batch, shared)
+    values |= generator_step(state, c, batch, shared)
+    state.counters["images_seen"] += c.BATCH_SIZE
+    update_ema(state, c)
+    state.counters["step"] += 1
+    return values
