@@ -5,14 +5,18 @@ there at all: written to a temporary file in the same folder, flushed to the dis
 recognised, named, and the one before it is used.
 """
 
+import contextlib
+import io
 import os
 import zipfile
 from pathlib import Path
 
+import filelock
 import torch
 
 FORMAT = 1       # raised when a field changes its meaning
-KEEP = 2         # step files kept; best.pt and anything else in the folder is never touched
+KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
+UNSOUND = "_unsound"
 
 
 class CheckpointError(Exception):
@@ -43,20 +47,64 @@ def write_atomically(file, write):
             os.close(folder)
 
 
-def save(folder, state, step):
-    """Writes folder/step_00001000.pt and then drops all but the newest KEEP step files. Returns the path."""
+def save(folder, state, step, sound=True):
+    """Writes folder/step_00001000.pt and then drops what it makes superfluous. Returns the path.
+
+    sound=False marks a state whose newest updates were not applied, by its name, step_00001000_unsound.pt: a run goes
+    on from it, and a rollback passes it over. Kept are the newest KEEP sound files, and the newest unsound one while
+    none of them is newer. Raises OSError (a full disk): then what was there is there still.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"step_{step:08d}.pt"
-    write_atomically(file, lambda handle: torch.save({"format": FORMAT, **state}, handle))
-    for old in step_files(folder)[:-KEEP]:
+    file = folder / f"step_{step:08d}{'' if sound else UNSOUND}.pt"
+    buffer = io.BytesIO()                       # torch.save into a file on a full disk raises what can't be told apart
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(file, lambda handle: handle.write(buffer.getbuffer()))
+    sound_files, unsound_files = step_files(folder, sound=True), step_files(folder, sound=False)
+    dropped = sound_files[:-KEEP] + unsound_files[:-1]
+    dropped += [f for f in unsound_files[-1:] if sound_files and f.name < sound_files[-1].name]
+    for old in [*dropped, *folder.glob("step_*.part")]:         # .part: of a process that was killed while saving
         old.unlink(missing_ok=True)
     return file
 
 
-def step_files(folder):
-    """The step files of a checkpoint folder, oldest first."""
-    return sorted(Path(folder).glob("step_*.pt"))
+def drop_unsound(folder):
+    """Deletes the unsound files of a checkpoint folder."""
+    for file in step_files(folder, sound=False):
+        file.unlink(missing_ok=True)
+
+
+def step_files(folder, sound=None):
+    """The step files of a checkpoint folder, oldest first; sound True or False: only those of that kind."""
+    files = sorted(Path(folder).glob("step_*.pt"))
+    return files if sound is None else [file for file in files if file.stem.endswith(UNSOUND) != sound]
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Holds a run's folder for this process; the system frees it when the process ends, however it ends.
+
+    Makes the folder; takes it away again if nothing came into it. Raises CheckpointError where another process holds
+    it, OSError where it can't be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(folder / "lock", timeout=0)          # torch needs filelock, so it is there
+    try:
+        held.acquire()
+    except filelock.Timeout:
+        raise CheckpointError(f"{folder}: another training writes to this run; --run NEWNAME starts a run of its "
+                              "own") from None
+    except NotImplementedError:                 # a file system without locks: we go on without one
+        pass
+    try:
+        yield
+    finally:
+        held.release()
+        if [file.name for file in folder.iterdir()] in ([], ["lock"]):
+            with contextlib.suppress(OSError):
+                (folder / "lock").unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def load(file, device="cpu"):
@@ -82,14 +130,14 @@ def load(file, device="cpu"):
     return state
 
 
-def newest(folder, device="cpu", warn=print, set_aside=False):
+def newest(folder, device="cpu", warn=print, set_aside=False, sound_only=False):
     """(file, state) of the newest readable step file of a folder, or None where it holds none at all.
 
     A damaged one is named through `warn` and passed over; with set_aside it is renamed too, to *.damaged, so that
     it does not count among the KEEP that `save` keeps. Raises CheckpointError, and renames nothing, where all are
     damaged.
     """
-    files, damaged = step_files(folder), []
+    files, damaged = step_files(folder, sound=True if sound_only else None), []
     for file in reversed(files):
         try:
             state = load(file, device)

@@ -38,7 +38,7 @@ LIMITS = {
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
-               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH")
+               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH", "MAX_ROLLBACKS")
 
 
 class InputError(Exception):

@@ -55,6 +55,9 @@ BETA_2 = 0.99               # Adam's memory of the squared gradient
 EMA_HALF_LIFE_KIMG = 10.0   # thousands of images after which the averaged generator forgets half; what samples come from
 EMA_RAMP = 0.1              # half-life at most this share of the images seen so far, so that early samples are no average of noise
 
+NAN_PATIENCE = 20           # steps in a row without a finite gradient, after which the run goes back to its last checkpoint
+MAX_ROLLBACKS = 3           # times that a run goes back, each time with half the learning rates, before it gives up
+
 # ------------------------------------------------------------------------------------- speed
 BFLOAT16 = True             # CUDA: convolutions and products in bfloat16 where it is safe; off: all in float32
 TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster

@@ -12,7 +12,6 @@ file is decoded again only when its size or time of change is another. The cache
 import collections
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
@@ -33,15 +32,10 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import filelock  # torch needs it, as torchvision Pillow
 import numpy as np
 from PIL import Image, ImageOps, features
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:    # Windows
-    fcntl = None
-    import msvcrt
 
 # torch and torchvision are imported inside the functions that need them: scan processes import this file and
 # need Pillow alone, and so start in 0.3 s instead of 6 s, without the memory that torch's libraries take.
@@ -387,29 +381,21 @@ def _cache_folder(root, image_size, channels, background, cache_dir):
     return os.path.join(cache_dir, f"{name}-{image_size}x{channels}-{digest}")
 
 
-def _try_lock(file):
-    """Takes the lock of an open file; the system frees it when the process ends, however it ends."""
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        # Any other error: a file system without locks, where we go on without one.
-        return error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
-    return True
-
-
 @contextlib.contextmanager
 def _locked(folder):
     """One process at a time writes a cache; a second one waits, then finds the work done."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as file:
-        if not _try_lock(file):
+    lock = filelock.FileLock(os.path.join(folder, "lock"))
+    with contextlib.suppress(NotImplementedError):    # a file system without locks: we go on without one
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
             print("another process is reading the same images; waiting for it", flush=True)
-            while not _try_lock(file):
-                time.sleep(0.2)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------- the scan

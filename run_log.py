@@ -1,5 +1,6 @@
 """What a run shows while it trains: sample sheets, metrics.jsonl, the progress bar, how long it will take."""
 
+import contextlib
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import command_line
 import data
 import model_definitions
@@ -16,6 +18,7 @@ import pictures
 import random_keys
 
 PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
+SYMPTOM_LINES = 5              # lines of metrics.jsonl in a row that must show a symptom before it is said
 
 
 def is_sample_step(step, every):
@@ -67,16 +70,20 @@ class Log:
         self.c, self.first_step, self.started = c, step, time.monotonic()
         self.last_line = self.last_time = self.started
         self.last_step, self.first_step_done = step, None
-        self.file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.path = run_folder / "metrics.jsonl"
+        cut_metrics(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.symptom_lines, self.disk_full = {}, False
         self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
 
     def step(self, state, values):
-        """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps."""
+        """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps, or where it was skipped."""
         c, step, now = self.c, state.counters["step"], time.monotonic()
         self.bar.update(1)
         self.say_duration(step, now)
-        if step % c.LOG_EVERY:
+        skipped = state.counters["skipped_in_a_row"]
+        if step % c.LOG_EVERY and not skipped:
             return
         values = dict(zip(values, torch.stack(list(values.values())).tolist()))      # one wait for the device, not many
         if "gradient_norm" in values:
@@ -84,11 +91,52 @@ class Log:
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
-        line = {**state.read_counters(), **finite, "images_per_second": round(speed, 2),
-                "seconds": round(now - self.started, 2)}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.write({**state.counters, **finite, "images_per_second": round(speed, 2),
+                    "seconds": round(now - self.started, 2)})
+        if skipped.bit_count() == 1:             # in full at first, then less and less often
+            self.say(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
+                     + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.say_symptoms(step, values)
         self.show(step, values, speed, now)
+
+    def say(self, line):
+        tqdm.write(line)
+        sys.stdout.flush()
+
+    def write(self, line):
+        """One line of metrics.jsonl; on a full disk it is lost, which is said once, and training goes on."""
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.disk_full = False
+        except OSError as error:
+            if not self.disk_full:
+                self.say(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
+            self.disk_full = True
+            with contextlib.suppress(OSError):
+                self.file.close()                # with what could not be written
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def say_symptoms(self, step, values):
+        """Says what is plainly wrong, once for each symptom, when SYMPTOM_LINES lines in a row have shown it."""
+        found = symptoms(values, self.c)
+        for name, count in self.symptom_lines.items():
+            if name not in found and count < SYMPTOM_LINES:
+                self.symptom_lines[name] = 0
+        for name, text in found.items():
+            self.symptom_lines[name] = self.symptom_lines.get(name, 0) + 1
+            if self.symptom_lines[name] == SYMPTOM_LINES:
+                self.say(f"step {step}: {text}")
+
+    def back_to(self, step):
+        """Forgets the lines after a step that the run has gone back to."""
+        self.file.close()
+        cut_metrics(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.first_step = self.last_step = self.bar.n = step
+        self.started = self.last_time = time.monotonic()
+        self.first_step_done = None
+        self.bar.refresh()
 
     def say_duration(self, step, now):
         """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
@@ -114,6 +162,36 @@ class Log:
     def close(self):
         self.bar.close()
         self.file.close()
+
+
+def symptoms(values, c):
+    """What says that a run is lost, from the scalars of one step: {symptom: a sentence with what to try}."""
+    low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
+    found = {}
+    if values.get("gradient_norm", 0) > 10 or abs(values["score_gap"]) > 1e4:
+        found["critic"] = (f"the critic runs away: score gap {values['score_gap']:.3g}"
+                           + (f", gradient norm {values['gradient_norm']:.3g} where the penalty asks for 1"
+                              if "gradient_norm" in values else "")
+                           + ". Try a lower --critic-learning-rate, a higher --lambda-gp, or --gp-every 1")
+    if values["picture_spread"] < 0.05:
+        found["pictures"] = (f"the generated pictures are all alike, their spread is {values['picture_spread']:.1%} of "
+                             "the real ones'. Try a lower --learning-rate, or a new run with another --seed")
+    if c.ALPHA_SPAN > 1 and (values["alpha_max"] < 1.02 * low or values["alpha_min"] > 0.98 * high):
+        found["alpha"] = (f"alpha is {values['alpha_mean']:.3g} everywhere, at the bound of {low:.3g} to {high:.3g}. "
+                          "Try a lower --learning-rate, or a new run with a higher --alpha-span")
+    return found
+
+
+def cut_metrics(file, step):
+    """Drops lines after `step`, which the run will make again, and lines that were not finished."""
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    checkpoints.write_atomically(file, lambda handle: handle.write("".join(kept).encode()))
 
 
 def in_words(seconds):

@@ -15,6 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import checkpoints
 import command_line
 import data
@@ -48,17 +51,12 @@ def prepare_constants(argv):
     return c, given
 
 
-def make_run_folder(c, image_set):
-    """The run's folder with what is known at the start: config.json and the names of skipped files."""
-    folder = Path(c.RUNS_DIR) / c.RUN
-    try:
-        for part in (folder / "samples", folder / "checkpoints"):
-            part.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_atomically(folder / "config.json", lambda f: f.write(json.dumps(vars(c), indent=2).encode()))
-        data.write_skipped(image_set, folder / "skipped.txt")
-    except OSError as error:
-        raise InputError(f"{folder}: can't be written ({error.strerror}); give another --runs-dir") from None
-    return folder
+def describe_run(c, image_set, folder):
+    """What is known at the start: config.json and the names of skipped files, and the folders for the rest."""
+    for part in (folder / "samples", folder / "checkpoints"):
+        part.mkdir(exist_ok=True)
+    checkpoints.write_atomically(folder / "config.json", lambda f: f.write(json.dumps(vars(c), indent=2).encode()))
+    data.write_skipped(image_set, folder / "skipped.txt")
 
 
 def load_data(c):
@@ -100,25 +98,20 @@ def continue_or_start(c, given, device):
         return state
     file, saved = found
     check_continuing(c, given, saved["constants"])
-    state.load_state_dict(saved)
-    for optimizer, rate in ((state.generator_optimizer, c.LEARNING_RATE),
-                            (state.critic_optimizer, c.CRITIC_LEARNING_RATE)):
-        optimizer.param_groups[0].update(lr=rate, betas=(c.BETA_1, c.BETA_2))
+    load_state(state, c, file, saved)
     print(f"continuing {folder} at step {state.counters['step']} from {file.name}")
     return state
 
 
-def cut_metrics(file, step):
-    """Drops lines after `step`, which the continued run will make again, and a last line that was not finished."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        kept.append(line)
-    checkpoints.write_atomically(file, lambda handle: handle.write("".join(kept).encode()))
+def load_state(state, c, file, saved):
+    """Brings state to what a checkpoint holds, with the learning rates of the constants."""
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{file}: its networks are not those of this version ({reason}): use the version that "
+                              "wrote it, or --run NEWNAME for a new run") from None
+    state.set_learning_rates(c)
 
 
 class StopSignal:
@@ -142,56 +135,146 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+class Saver:
+    """Writes a run's checkpoints: each CHECKPOINT_EVERY steps and each CHECKPOINT_MINUTES, and when told to.
+
+    No regular checkpoint is written while the newest step was skipped, so every regular one is good. On a full disk
+    the old ones stay, training goes on, and it is tried again after RETRY_SECONDS.
+    """
+
+    RETRY_SECONDS = 60
+
+    def __init__(self, state, c, folder):
+        self.state, self.c, self.folder = state, c, folder / "checkpoints"
+        self.wait(60 * c.CHECKPOINT_MINUTES)
+
+    def wait(self, seconds):
+        self.next_time = time.monotonic() + seconds
+
+    def step(self):
+        """After each step: saves where it is time to."""
+        counters = self.state.counters
+        if counters["step"] % self.c.CHECKPOINT_EVERY == 0:
+            self.wait(0)
+        if time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]:
+            self.save()
+
+    def save(self):
+        """Saves now, whatever the time; returns the file, or None where the disk would not take it."""
+        counters = self.state.counters
+        try:
+            file = checkpoints.save(self.folder, {**self.state.state_dict(), "constants": dict(vars(self.c))},
+                                    counters["step"], sound=not counters["skipped_in_a_row"])
+        except OSError as error:
+            tqdm.write(f"step {counters['step']}: the checkpoint can't be written ({error.strerror}); the ones before "
+                       f"stay, and it is tried again: make room on the disk of {self.folder}")
+            self.wait(self.RETRY_SECONDS)
+            return None
+        self.wait(60 * self.c.CHECKPOINT_MINUTES)
+        return file
+
+
+class Lost(Exception):
+    """Training went back MAX_ROLLBACKS times and is not finite again; the message is one line with what to try."""
+
+
+def roll_back(state, c, saver, log):
+    """Back to the last good checkpoint, with half the learning rates and new random draws; saved at once.
+
+    Raises Lost where that was done MAX_ROLLBACKS times already.
+    """
+    counters = state.counters
+    lost, rollbacks = counters["step"], counters["rollbacks"]
+    file, saved = checkpoints.newest(saver.folder, state.device, sound_only=True)
+    if rollbacks >= c.MAX_ROLLBACKS:
+        raise Lost(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
+                   f"{rollbacks} rollbacks: {file} is the last good checkpoint. Give half the --learning-rate and "
+                   "--critic-learning-rate and another --run, or look at the values in metrics.jsonl")
+    load_state(state, c, file, saved)
+    counters.update(rollbacks=max(rollbacks, counters["rollbacks"]) + 1, lr_scale=counters["lr_scale"] / 2)
+    state.set_learning_rates(c)
+    checkpoints.drop_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
+    saver.save()
+    log.back_to(counters["step"])
+    log.say(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} with "
+            f"{counters['lr_scale']:g} of the learning rates (rollback {counters['rollbacks']} of {c.MAX_ROLLBACKS})")
+
+
 def train(state, c, image_set, folder):
     """The loop: step, log, samples, checkpoint, until STEPS, MINUTES or a signal. Returns the exit status."""
-    counters, samples = state.counters, folder / "samples"
+    counters, started = state.counters, time.monotonic()
 
-    def save():
-        saved = {**state.state_dict(), "constants": dict(vars(c))}
-        return checkpoints.save(folder / "checkpoints", saved, counters["step"])
+    def show_samples():
+        try:
+            write_samples(state, c, image_set, folder / "samples")
+        except OSError as error:
+            tqdm.write(f"step {counters['step']}: the samples can't be written ({error.strerror}); training goes on")
 
     with StopSignal() as stop:
+        log, saver = Log(folder, c, counters["step"]), Saver(state, c, folder)
         if counters["step"] == 0:
-            write_samples(state, c, image_set, samples)
-        log = Log(folder, c, counters["step"])
-        last_saved, due, skipped = log.started, False, counters["skipped_updates"]
+            show_samples()
+            saver.save()                         # a rollback needs one to go back to
         while counters["step"] < c.STEPS and stop.number is None:
-            if c.MINUTES and time.monotonic() - log.started > 60 * c.MINUTES:
+            if c.MINUTES and time.monotonic() - started > 60 * c.MINUTES:
                 break
-            log.step(state, training_step(state, c, image_set))
+            values = training_step(state, c, image_set)
+            state.count_skipped()
+            log.step(state, values)
+            if counters["skipped_in_a_row"] >= c.NAN_PATIENCE:
+                roll_back(state, c, saver, log)
+                continue
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
-                write_samples(state, c, image_set, samples)
-            due = due or counters["step"] % c.CHECKPOINT_EVERY == 0 or (
-                time.monotonic() - last_saved > 60 * c.CHECKPOINT_MINUTES)
-            if due:
-                skipped_before, skipped = skipped, state.read_counters()["skipped_updates"]
-                if skipped == skipped_before:                   # so every regular checkpoint is a good one
-                    save()
-                    due, last_saved = False, time.monotonic()
+                show_samples()
+            saver.step()
         log.close()
-        file = save()
+        file = saver.save()
         # Whoever sent a signal waits for the end.
         if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
-            write_samples(state, c, image_set, samples)
-    print(f"step {counters['step']} of {c.STEPS}: checkpoint {file}, pictures in {samples}")
+            show_samples()
+    print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}, pictures in {folder / 'samples'}")
     if counters["step"] < c.STEPS:
         print("the same command again goes on from there")
-    return 0 if stop.number is None else 128 + stop.number
+    if stop.number is not None:
+        return 128 + stop.number
+    return 0 if file else 1
 
 
 def start(argv):
     c, given = prepare_constants(argv)
     device = command_line.choose_device(c.DEVICE)
     set_up(device, c)
-    state = continue_or_start(c, given, device)
-    image_set = load_data(c)
-    folder = make_run_folder(c, image_set)
-    print_start(c, state, image_set)
-    cut_metrics(folder / "metrics.jsonl", state.counters["step"])
-    if state.counters["step"] >= c.STEPS:
-        print(f"run {c.RUN} has its {c.STEPS} steps: give a higher --steps to go on")
-        return 0
-    return train(state, c, image_set, folder)
+    folder = Path(c.RUNS_DIR) / c.RUN
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(checkpoints.lock(folder))
+        except OSError as error:
+            raise InputError(f"{folder}: can't be written ({error.strerror}); give another --runs-dir") from None
+        state = continue_or_start(c, given, device)
+        image_set = load_data(c)
+        describe_run(c, image_set, folder)
+        print_start(c, state, image_set)
+        if state.counters["step"] >= c.STEPS:
+            print(f"run {c.RUN} has its {c.STEPS} steps: give a higher --steps to go on")
+            return 0
+        try:
+            return train(state, c, image_set, folder)
+        except RuntimeError as error:
+            if (line := memory_line(error, c)) is None:
+                raise
+            print(f"training.py: {line}", file=sys.stderr)
+            return 1
+
+
+def memory_line(error, c):
+    """What to do about an allocation that failed, or None where the error is another."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):       # CUDA, CPU
+        return None
+    peak = f"; {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB were in use" if torch.cuda.is_available() else ""
+    size = c.MICRO_BATCH or c.BATCH_SIZE
+    smaller = next(n for n in range(max(1, size // 2), 0, -1) if c.BATCH_SIZE % n == 0)
+    return (f"out of memory{peak}: give --micro-batch {smaller}, the same mathematics in less memory, or "
+            "--recompute-activations, or a smaller --image-size")
 
 
 def main(argv=None):
@@ -201,6 +284,9 @@ def main(argv=None):
     except (InputError, DataError, CheckpointError) as error:
         print(f"training.py: {error}", file=sys.stderr)
         return 2
+    except Lost as error:
+        print(f"training.py: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"training.py: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole",
               file=sys.stderr)

@@ -32,12 +32,13 @@ class State:
     device: torch.device
     functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
     skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
-    counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "skipped_updates": 0})
+    counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
+                                                    "skipped_updates": 0, "skipped_in_a_row": 0})
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
 
     def state_dict(self):
-        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": self.read_counters()}
+        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": dict(self.counters)}
 
     def load_state_dict(self, saved):
         for name in self.PARTS:
@@ -45,10 +46,18 @@ class State:
         self.counters.update(saved["counters"])
         self.skipped.fill_(self.counters["skipped_updates"])
 
-    def read_counters(self):
-        """The counters as plain numbers; waits for the device."""
-        self.counters["skipped_updates"] = int(self.skipped)
-        return dict(self.counters)
+    def count_skipped(self):
+        """Whether the newest step had an update that was not applied, counted then. Waits for the device."""
+        before, self.counters["skipped_updates"] = self.counters["skipped_updates"], int(self.skipped)
+        skipped = self.counters["skipped_updates"] > before
+        self.counters["skipped_in_a_row"] = self.counters["skipped_in_a_row"] + 1 if skipped else 0
+        return skipped
+
+    def set_learning_rates(self, c):
+        """The constants' rates, times what rollbacks left of them."""
+        for optimizer, rate in ((self.generator_optimizer, c.LEARNING_RATE),
+                                (self.critic_optimizer, c.CRITIC_LEARNING_RATE)):
+            optimizer.param_groups[0].update(lr=rate * self.counters["lr_scale"], betas=(c.BETA_1, c.BETA_2))
 
     def draw(self, constants, purpose, update=0):
         """The torch.Generator for one purpose of the current step and critic update."""
@@ -233,7 +242,7 @@ def generator_step(state, c, batch, shared=None):
     """One update on L_G, VAE and layer together; returns scalars (tensors) to log."""
     state.generator_optimizer.zero_grad(set_to_none=True)
     state.critic.requires_grad_(False)
-    parts, values = micro_batches(c), []
+    parts, values, fakes = micro_batches(c), [], []
     for part in parts:
         with mixed_precision(state, c):
             image, alpha, mu, logvar = shared or make_pictures(state, batch, part)
@@ -241,13 +250,15 @@ def generator_step(state, c, batch, shared=None):
                 state.critic, batch.real[part], image, mu, logvar, c.LAMBDA_REC, c.LAMBDA_KL)
         (loss / len(parts)).backward()
         alpha, mu, logvar = alpha.detach(), mu.detach(), logvar.detach()
+        fakes.append(image[:len(batch.real[part])].detach())
         values.append({"generator_loss": loss.detach(), "reconstruction": reconstruction.detach(), "kl": kl.detach(),
                        "posterior_variance": (mu.square() + logvar.exp()).mean(), "alpha_mean": alpha.mean(),
                        "alpha_min": alpha.min(), "alpha_max": alpha.max(),
                        "alpha_spread": alpha.std(dim=(2, 3)).mean()})
     apply_update(state, state.generator, state.generator_optimizer)
     state.critic.requires_grad_(True)
-    return combined(values)
+    spread, real_spread = (pictures.std(0, correction=0).mean() for pictures in (torch.cat(fakes), batch.real))
+    return {**combined(values), "picture_spread": spread / real_spread.clamp_min(1e-6)}
 
 
 def combined(values):

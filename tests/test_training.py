@@ -152,7 +152,7 @@ def test_without_data_the_demo_set_is_drawn_and_trained_on(tmp_path, monkeypatch
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").write_text("a file in the way")
     assert training.main(argv) == 2
-    assert "the demo set can't be drawn" in one_line(capsys)
+    assert "can't be written (Not a directory); give another --runs-dir" in one_line(capsys)
 
 
 def test_a_runs_own_pictures_are_never_training_images(photos, tmp_path, capsys, monkeypatch):
@@ -188,10 +188,10 @@ def test_no_regular_checkpoint_is_written_after_a_skipped_update(run, tmp_path, 
         return values
 
     monkeypatch.setattr(training, "training_step", step_with_nan)
-    monkeypatch.setattr(training.checkpoints, "save", lambda folder, state, step: saved.append(step))
+    monkeypatch.setattr(training.checkpoints, "save", lambda folder, state, step, sound: saved.append((step, sound)))
     run("--steps", "5", "--checkpoint-every", "2")
-    assert saved == [4, 5]
-    assert [line["kl"] is None for line in lines(tmp_path)] == [True, False]
+    assert saved == [(0, True), (4, True), (5, True)]
+    assert [(line["step"], line["kl"] is None) for line in lines(tmp_path)] == [(2, True), (3, True), (4, False)]
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -252,7 +252,7 @@ def test_what_may_change_is_applied_and_said(run, tmp_path, capsys):
 def test_a_runs_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
     (tmp_path / "runs").write_text("a file in the way")
     assert run("--steps", "1") == 2
-    assert "not a directory" in one_line(capsys)
+    assert "can't be written (Not a directory)" in one_line(capsys)
 
 
 # ------------------------------------------------------------------------------------- one step
@@ -309,7 +309,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
     batch.real[0, 0, 0, 0] = float("nan")
     training_step.critic_step(state, c, batch)
     assert torch.equal(before, vector(state.critic))
-    assert state.read_counters()["skipped_updates"] == 1
+    assert state.count_skipped() and not state.count_skipped() and state.counters["skipped_updates"] == 1
     assert all(entry["step"] == 0 for entry in state.critic_optimizer.state.values())      # as if it had never been
 
 
