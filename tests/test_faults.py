@@ -305,7 +305,7 @@ def test_what_is_plainly_lost_is_said_once_with_what_to_try(tmp_path, capsys, ch
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you")])
 def test_too_little_memory_is_one_line_with_a_micro_batch(run, capsys, monkeypatch, error):
     def step(state, c, images):
         raise error
