@@ -121,7 +121,7 @@ def load(file, device="cpu"):
     except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: all mean a file that is none
         raise CheckpointError(f"{file}: no readable checkpoint ({type(error).__name__})") from None
     if damaged:
-        raise CheckpointError(f"{file}: damaged (the check sum of {ascii(damaged)} is wrong)")
+        raise CheckpointError(f"{file}: damaged (the check sum of {damaged!a} is wrong)")
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{file}: no checkpoint of this project")
     if state["format"] != FORMAT:
