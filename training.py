@@ -185,11 +185,13 @@ def roll_back(state, c, saver, log):
     """
     counters = state.counters
     lost, rollbacks = counters["step"], counters["rollbacks"]
-    file, saved = checkpoints.newest(saver.folder, state.device, sound_only=True)
-    if rollbacks >= c.MAX_ROLLBACKS:
+    found = checkpoints.newest(saver.folder, state.device, sound_only=True)
+    if rollbacks >= c.MAX_ROLLBACKS or found is None:
+        last = f"{found[0]} is the last good checkpoint" if found else "there is no good checkpoint to go back to"
         raise Lost(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
-                   f"{rollbacks} rollbacks: {file} is the last good checkpoint. Give half the --learning-rate and "
-                   "--critic-learning-rate and another --run, or look at the values in metrics.jsonl")
+                   f"{rollbacks} rollbacks: {last}. Give half the --learning-rate and --critic-learning-rate and "
+                   "another --run, or look at the values in metrics.jsonl")
+    file, saved = found
     load_state(state, c, file, saved)
     counters.update(rollbacks=max(rollbacks, counters["rollbacks"]) + 1, lr_scale=counters["lr_scale"] / 2)
     state.set_learning_rates(c)

@@ -4,9 +4,11 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import SMALL
 from test_resume import poison
 
 import checkpoints
+import data
 import run_log
 import training
 import training_step
@@ -334,3 +337,36 @@ def test_a_checkpoint_of_other_networks_is_refused_by_a_line_and_left_as_it_was(
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "step_00000001.pt" in text and "--run NEWNAME" in text
     assert file.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------- very many files
+
+class Entry:
+    """An os.DirEntry of a file that is not there."""
+
+    def __init__(self, number):
+        self.name, self.number = f"picture_{number:07d}.jpg", number
+
+    def is_dir(self):
+        return False
+
+    def stat(self):
+        return os.stat_result((stat.S_IFREG, 0, 0, 0, 0, 0, self.number, 0, self.number, 0))
+
+
+def test_the_memory_of_a_scan_grows_with_the_number_of_files_and_no_faster(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def peak(count):
+        monkeypatch.setattr(os, "scandir", lambda path: (
+            (Entry(i) for i in range(count)) if str(path).rstrip("/") == str(tmp_path) else scandir(path)))
+        tracemalloc.start()
+        try:
+            files, skipped = data.find_files(str(tmp_path))
+            assert len(files) == count and not skipped
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)                                          # imports
+    assert peak(80_000) < 5 * peak(20_000)
