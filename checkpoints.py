@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 import torch
 
-FORMAT = 1       # raised when a field changes its meaning
+FORMAT = 2       # raised when a field changes its meaning, or the networks their shape
 KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
 UNSOUND = "_unsound"
 

@@ -23,7 +23,8 @@ HELD_OUT_MIN = 64           # images: with fewer than this to hold out, none is
 
 # ------------------------------------------------------------------------------------- networks
 LATENT_DIM = 128            # length of the noise vector z
-WIDTH = 32                  # channels of the first block of encoder and critic, last of the decoder; each halving doubles them
+WIDTH = 32                  # channels of the first block of the critic, last of the decoder; each halving of the size doubles them
+ENCODER_WIDTH = 16          # the same for the encoder, whose time buys less: see the table in README.md
 WIDTH_MAX = 256             # channels at most
 NUM_FRAMES = 16             # frames of the synthetic video, the picture itself and 15 modified copies
 PATCH = 16                  # side of the Transformer's patches, pixels: a multiple of 4 that divides IMAGE_SIZE
@@ -39,7 +40,7 @@ VIDEO_NOISE = 0.05          # standard deviation of the last frame's noise, of t
 
 # ------------------------------------------------------------------------------------- losses
 LAMBDA_GP = 10.0            # weight of the gradient penalty (Gulrajani et al. 2017)
-GP_EVERY = 4                # penalty every so many critic updates, weighted by as many: 1 is the paper's, 4 is a third faster
+GP_EVERY = 4                # penalty on every so manieth picture of each critic update: 1 is the paper's, all of them
 LAMBDA_DRIFT = 1e-3         # weight of the squared scores, which keeps them centred
 LAMBDA_REC = 100.0          # weight of the reconstruction error at 3 x 64 x 64, scaled to other sizes
 LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / LAMBDA_REC is the Laplace scale b
@@ -65,7 +66,7 @@ COMPILE = False             # torch.compile for the losses: minutes at the start
 RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save memory (activation checkpointing)
 
 # ------------------------------------------------------------------------------------- logging
-LOG_EVERY = 20              # steps between two lines of metrics.jsonl; a multiple of GP_EVERY has the gradient norm in each
+LOG_EVERY = 20              # steps between two lines of metrics.jsonl
 SAMPLE_EVERY = 1_000        # steps between sample sheets; the first come sooner, at 0, 50, 100, 200, 400, ...
 SAMPLE_COUNT = 36           # pictures on a sample sheet
 CHECKPOINT_EVERY = 1_000    # steps between checkpoints ...

@@ -65,11 +65,25 @@ def conv_block(channels_in, channels_out, for_critic):
 def deconv_block(channels_in, channels_out, output_padding):
     """(GroupNorm, ReLU, ConvTranspose2d), the block of the decoder: twice the side, plus output_padding.
 
-    4 x 4 at stride 2: each output pixel is made by 4 taps, none by more, so there is no chessboard at the start.
+    4 x 4 at stride 2: each output pixel is made by 4 taps, none by more.
     """
     return nn.Sequential(group_norm(channels_in), nn.ReLU(inplace=True),
                          nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1,
                                             output_padding=output_padding))
+
+
+class ResidualConv(nn.Module):
+    """(GroupNorm, ReLU, Conv2d) beside a way straight through, (B, C, H, W) -> (B, C, H, W), the sum scaled to keep
+    its variance (He et al. 2016, "Identity Mappings in Deep Residual Networks").
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.block = nn.Sequential(group_norm(channels), nn.ReLU(inplace=True),
+                                   nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return (x + self.block(x)) * math.sqrt(0.5)
 
 
 def conv_tower(image_size, channels, width, width_max, for_critic):
@@ -104,15 +118,16 @@ def full_precision(x):
 
 class VAE(nn.Module):
     """Encoder of (Conv2d, ReLU, MaxPool2d) blocks, Linear heads for mu and logvar; decoder of ConvTranspose2d and
-    ReLU with a Sigmoid at the end (Kingma and Welling 2013, "Auto-Encoding Variational Bayes").
+    ReLU, each but the last with a ResidualConv behind it, and a Sigmoid at the end (Kingma and Welling 2013,
+    "Auto-Encoding Variational Bayes").
 
     image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
 
-    def __init__(self, image_size, channels, latent_dim, width, width_max, recompute=False):
+    def __init__(self, image_size, channels, latent_dim, width, width_max, encoder_width, recompute=False):
         super().__init__()
         self.latent_dim, self.recompute = latent_dim, recompute
-        self.encoder, features = conv_tower(image_size, channels, width, width_max, for_critic=False)
+        self.encoder, features = conv_tower(image_size, channels, encoder_width, width_max, for_critic=False)
         self.to_mu = nn.Linear(features, latent_dim)
         self.to_logvar = nn.Linear(features, latent_dim)
 
@@ -122,6 +137,7 @@ class VAE(nn.Module):
         self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
         blocks = [deconv_block(a, b, output_padding=next_side - 2 * side) for (a, b), (side, next_side)
                   in zip(pairwise([*channel_list, channels]), pairwise(side_list))]
+        blocks[:-1] = [nn.Sequential(block, ResidualConv(width)) for block, width in zip(blocks, channel_list[1:])]
         self.decoder = nn.Sequential(*blocks, nn.Sigmoid())
 
         he_init(self.from_z, self.decoder)
@@ -180,16 +196,28 @@ class Discriminator(nn.Module):
 
 
 def he_init(*modules, slope=0.0):
-    """He et al. 2015 for each convolution and Linear: variance 2 / fan_in, with the inputs that one output sees."""
+    """He et al. 2015 for each convolution and Linear: variance 2 / fan_in. ConvTranspose2d: see bilinear_init."""
     for module in (m for part in modules for m in part.modules()):
         if isinstance(module, nn.ConvTranspose2d):
-            taps = math.prod(module.kernel_size) // math.prod(module.stride)
-            nn.init.normal_(module.weight, std=math.sqrt(2 / (taps * module.in_channels)))
+            bilinear_init(module.weight)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, a=slope)
         else:
             continue
         nn.init.zeros_(module.bias)
+
+
+def bilinear_init(weight):
+    """Starts a 4 x 4 ConvTranspose2d of stride 2 as a random 1 x 1 convolution and a bilinear doubling of the size.
+
+    weight (C_in, C_out, 4, 4). With independent weights each of the four pixels that come from one gets its own
+    mixture of channels, a chessboard that training takes long to unlearn (Aitken et al. 2017, "Checkerboard artifact
+    free sub-pixel convolution", start equal for the same reason).
+    """
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    mixture = torch.randn(*weight.shape[:2], 1, 1) * math.sqrt(2 / weight.shape[0])
+    with torch.no_grad():
+        weight.copy_(mixture * line[:, None] * line)
 
 
 # ------------------------------------------------------------------------------------- synthetic video
@@ -422,7 +450,7 @@ def build(constants):
     """Generator and Discriminator of a run, from its constants (config.py or a checkpoint's)."""
     c = constants
     recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # a checkpoint may be older than the constant
-    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX, recompute)
+    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX, c.ENCODER_WIDTH, recompute)
     layer = TransformerParamTanh(
         c.IMAGE_SIZE, c.CHANNELS, c.NUM_FRAMES, c.PATCH, c.TRANSFORMER_DIM, c.TRANSFORMER_HEADS, c.TRANSFORMER_LAYERS,
         c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE,

@@ -29,8 +29,8 @@ from run_log import Log, is_sample_step, print_start, write_samples
 from training_step import new_state, set_up, training_step
 
 # Constants that the shapes of the weights follow from: a run can't go on with others.
-SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM",
-         "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH",
+         "TRANSFORMER_DIM", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
 
 
 # ------------------------------------------------------------------------------------- start

@@ -215,8 +215,8 @@ def critic_step(state, c, batch, shared=None):
     The penalty has a backward pass of its own, so that its graph and that of the scores never share the memory.
     """
     state.critic_optimizer.zero_grad(set_to_none=True)
-    with_penalty = (state.counters["step"] * c.N_CRITIC + batch.update + 1) % c.GP_EVERY == 0
-    parts, values = micro_batches(c), []
+    parts, values, norms = micro_batches(c), [], []
+    measured = len(range(0, c.BATCH_SIZE, c.GP_EVERY))           # pictures that the penalty is the mean of
     for part in parts:
         with mixed_precision(state, c):
             if shared is not None:
@@ -227,15 +227,16 @@ def critic_step(state, c, batch, shared=None):
             loss, gap = state.functions.critic_scores(state.critic, batch.real[part], fake, c.LAMBDA_DRIFT)
         (loss / len(parts)).backward()
         values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})
-        if with_penalty:
-            x_hat = losses.between(batch.real[part], fake, batch.between[part])
-            norm = state.functions.gradient_norm(state.critic, x_hat)
-            penalty, weight = losses.gradient_penalty(norm), c.LAMBDA_GP * c.GP_EVERY
-            (weight * penalty / len(parts)).backward()
-            values[-1] |= {"gradient_norm": norm.detach().mean(), "gradient_penalty": penalty.detach(),
-                           "critic_loss": (loss + weight * penalty).detach()}
+        some = slice(-part.start % c.GP_EVERY, None, c.GP_EVERY)       # of this part, every GP_EVERY-th of the batch
+        x_hat = losses.between(batch.real[part][some], fake[some], batch.between[part][some])
+        if len(x_hat):
+            norms.append(state.functions.gradient_norm(state.critic, x_hat))
+            (c.LAMBDA_GP * losses.gradient_penalty(norms[-1]) * len(x_hat) / measured).backward()
     apply_update(state, state.critic, state.critic_optimizer)
-    return combined(values)
+    norm, values = torch.cat(norms).detach(), combined(values)
+    penalty = losses.gradient_penalty(norm)
+    return {**values, "critic_loss": values["critic_loss"] + c.LAMBDA_GP * penalty, "gradient_norm": norm.mean(),
+            "gradient_penalty": penalty}
 
 
 def generator_step(state, c, batch, shared=None):

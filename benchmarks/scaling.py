@@ -65,14 +65,12 @@ def measure(steps, flags):
 
     training_step.set_up(device, c)
     state = training_step.new_state(c, device)
-    state.counters["step"] = c.GP_EVERY - 1         # so that the step that warms up has the penalty too
-    for steps_of_round in [1] + [c.GP_EVERY] * max(1, steps // c.GP_EVERY):
-        for _ in range(steps_of_round):
-            training_step.training_step(state, c, image_set)
+    for _ in range(steps + 1):                      # the first warms up
+        training_step.training_step(state, c, image_set)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter())
-    print(json.dumps([min(np.diff(times)) / c.GP_EVERY, (peak_bytes(device) - before) / 2**20]))
+    print(json.dumps([min(np.diff(times)), (peak_bytes(device) - before) / 2**20]))
 
 
 def read_csv(file):
@@ -180,7 +178,7 @@ def main(argv=None):
     parser = command_line.Parser("scaling.py", __doc__)
     parser.add_argument("--out", help="PNG to draw the picture to (needs matplotlib)")
     parser.add_argument("--csv", help="table of the cells: those found in it are not measured again")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a cell, in rounds of GP_EVERY [%(default)s]")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a cell [%(default)s]")
     parser.add_argument("--only", default=",".join(VALUES), help="the constants to vary [%(default)s]")
     try:
         if argv[:1] == ["--cell"]:

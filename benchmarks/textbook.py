@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-import training_step
+from training_step import State, make_batch
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Textbook:
     ema: torch.nn.Module
     generator_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
-    draws: training_step.State
+    draws: State
 
 
 def like(state, c):
@@ -71,16 +71,14 @@ def critic_step(book, c, batch):
     with torch.no_grad():
         fake = generate(book.generator, batch.z, batch.changes)
     real_score, fake_score = book.critic(batch.real), book.critic(fake)
-    values, penalty = {"score_gap": real_score.mean() - fake_score.mean()}, 0
-    if (book.draws.counters["step"] * c.N_CRITIC + batch.update + 1) % c.GP_EVERY == 0:
-        norm = gradient_norm(book.critic, losses.between(batch.real, fake, batch.between))
-        penalty = losses.gradient_penalty(norm)
-        values |= {"gradient_norm": norm.mean(), "gradient_penalty": penalty}
-    loss = losses.critic_loss(real_score, fake_score, penalty, c.LAMBDA_GP * c.GP_EVERY, c.LAMBDA_DRIFT)
+    norm = gradient_norm(book.critic, losses.between(batch.real, fake, batch.between)[::c.GP_EVERY])
+    penalty = losses.gradient_penalty(norm)
+    loss = losses.critic_loss(real_score, fake_score, penalty, c.LAMBDA_GP, c.LAMBDA_DRIFT)
     book.critic_optimizer.zero_grad()
     loss.backward()
     book.critic_optimizer.step()
-    return {"critic_loss": loss, **values}
+    return {"critic_loss": loss, "score_gap": real_score.mean() - fake_score.mean(), "gradient_norm": norm.mean(),
+            "gradient_penalty": penalty}
 
 
 def generator_step(book, c, batch):
@@ -109,7 +107,7 @@ def training_step(book, c, image_set):
     """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars as numbers."""
     values = {}
     for update in range(c.N_CRITIC):
-        batch = training_step.make_batch(book.draws, c, image_set, update)
+        batch = make_batch(book.draws, c, image_set, update)
         batch.real = batch.real.contiguous()
         values |= critic_step(book, c, batch)
     values |= generator_step(book, c, batch)

@@ -10,9 +10,9 @@ from PIL import Image
 torch.set_num_threads(1)       # the tensors here are small: two threads would mostly wait for one another
 
 # Flags of a run that takes a fraction of a second a step.
-SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--width-max", "32", "--latent-dim", "16",
-         "--transformer-dim", "24", "--transformer-layers", "2", "--patch", "8", "--sample-count", "4",
-         "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--gp-every", "2"]
+SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--encoder-width", "4", "--width-max", "32",
+         "--latent-dim", "16", "--transformer-dim", "24", "--transformer-layers", "2", "--patch", "8",
+         "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--gp-every", "2"]
 
 
 def draw_images(folder, count, size=40, seed=0):

@@ -39,7 +39,7 @@ def test_step_counts_what_a_whole_step_counts():
     import command_line
     import training_step
 
-    c, _ = command_line.parse_constants([*SMALL, "--gp-every", "1"])
+    c, _ = command_line.parse_constants(SMALL)
     state = training_step.new_state(c, torch.device("cpu"))
     torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)
     images = step.random_images(c, 16)

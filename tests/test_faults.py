@@ -1,5 +1,6 @@
 """What a night can bring: signals, kills, full disks, a second training, NaN, too little memory, old checkpoints."""
 
+import gzip
 import json
 import os
 import resource
@@ -337,6 +338,25 @@ def test_a_checkpoint_of_other_networks_is_refused_by_a_line_and_left_as_it_was(
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "step_00000001.pt" in text and "--run NEWNAME" in text
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", range(1, checkpoints.FORMAT + 1))
+def test_a_checkpoint_of_each_format_goes_on_or_is_refused_by_a_line(tmp_path, photos, capsys, number):
+    """tests/fixtures holds one of each format that was ever written, by a run with the flags below."""
+    packed = (Path(__file__).parent / "fixtures" / f"format_{number}.pt.gz").read_bytes()
+    file = checkpoint_folder(tmp_path) / "step_00000001.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.decompress(packed))
+    status = training.main([
+        "--data", photos, "--runs-dir", str(tmp_path / "runs"), "--run", "photos", "--image-size", "32", "--batch-size",
+        "2", "--width", "2", "--encoder-width", "2", "--width-max", "4", "--latent-dim", "4", "--transformer-dim", "12",
+        "--transformer-layers", "1", "--patch", "8", "--num-frames", "2", "--steps", "2", "--sample-count", "1"])
+    out, error = capsys.readouterr()
+    if number == checkpoints.FORMAT:
+        assert status == 0 and "continuing" in out and checkpoints.newest(file.parent)[1]["counters"]["step"] == 2
+    else:
+        assert status == 2 and f"format {number}, this program reads {checkpoints.FORMAT}" in error
+        assert gzip.decompress(packed) == file.read_bytes()
 
 
 # ------------------------------------------------------------------------------------- very many files

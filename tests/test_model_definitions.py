@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import config
 import losses
@@ -304,3 +305,14 @@ def test_summary_lists_all_parameters_once_but_positions():
     total = sum(p.numel() for m in (generator, critic) for p in m.parameters())
     assert sum(row[1] for row in rows) == total - generator.layer.positions.numel()
     assert all(row[2] > 0 for row in rows)
+
+
+def test_a_transposed_convolution_starts_as_a_mixture_of_channels_doubled_bilinearly():
+    generator, _ = build()
+    layer = next(m for m in generator.vae.decoder.modules() if isinstance(m, torch.nn.ConvTranspose2d))
+    x = torch.randn(2, layer.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    mixture = layer.weight[:, :, 1, 1] / (9 / 16)
+    expected = F.interpolate(torch.einsum("bihw,io->bohw", x, mixture), scale_factor=2, mode="bilinear")
+    inside = (..., slice(1, -1), slice(1, -1))                     # the border ends there, interpolation repeats it
+    torch.testing.assert_close(layer(x)[inside], expected[inside], rtol=1e-4, atol=1e-4)
+    assert 0.5 < expected.std() / x.std() < 2
