@@ -355,7 +355,7 @@ def test_a_checkpoint_of_each_format_goes_on_or_is_refused_by_a_line(tmp_path, p
     if number == checkpoints.FORMAT:
         assert status == 0 and "continuing" in out and checkpoints.newest(file.parent)[1]["counters"]["step"] == 2
     else:
-        assert status == 2 and f"format {number}, this program reads {checkpoints.FORMAT}" in error
+        assert status == 2 and f"format {number}, this program reads {checkpoints.FORMAT}" in out + error
         assert gzip.decompress(packed) == file.read_bytes()
 
 
