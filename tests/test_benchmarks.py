@@ -56,6 +56,7 @@ def test_loader_prints_a_row_a_comparison(class_folder):
         assert words in out
 
 
+@pytest.mark.slow
 def test_scaling_says_the_exponents():
     status, out, error = run("scaling.py", "--only", "NUM_FRAMES", "--steps", "1", "--", *SMALL[:-6])
     assert status == 0, error
@@ -70,6 +71,7 @@ def test_bad_input_gives_one_line_and_status_2(script, flags):
     assert status == 2 and len(error.strip().splitlines()) == 1 and script in error
 
 
+@pytest.mark.slow
 def test_quality_trains_both_sides_scores_them_and_goes_on_from_its_results(image_folder, tmp_path):
     sys.path.insert(0, str(FOLDER))
     import evaluate

@@ -12,9 +12,9 @@ from PIL import Image
 import checkpoints
 import data
 
-CASES, SECONDS = 500, 20          # of each kind of file at most, whichever comes first; at least a tenth of CASES
+CASES, SECONDS = 300, 20          # of each kind of file at most, whichever comes first; at least a tenth of CASES
 SLOWEST = 5.0                      # seconds for one case
-MEMORY = 1 << 20                   # KiB that all cases of a kind may add to the peak
+MEMORY = 3 * 4 * data.PIXEL_LIMIT // 1024     # KiB added to the peak: the largest picture allowed, 3 times in RGBA
 
 
 def mutated(content, rng):

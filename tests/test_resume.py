@@ -140,6 +140,7 @@ def test_going_on_after_a_rollback_is_exact(whole, tmp_path, monkeypatch):
         assert_same_run(final(tmp_path / str(stop), images), expected)
 
 
+@pytest.mark.slow
 def test_the_reference_depth_goes_on_exactly_in_processes_of_their_own(whole, tmp_path):
     """12 heads and 12 layers, the real script, another number of threads at the start."""
     images, _ = whole()
