@@ -83,9 +83,8 @@ def test_going_on_from_any_step_is_exact(whole, tmp_path, step):
     assert_same_run(final(tmp_path, images), expected)
 
 
-@pytest.mark.parametrize("flags", [("--flip",), ("--micro-batch", "2"), ("--n-critic", "2"), ("--gp-every", "3"),
-                                   ("--flip", "--micro-batch", "1", "--n-critic", "3"), ("--batch-size", "5"),
-                                   ("--recompute-activations",)])
+@pytest.mark.parametrize("flags", [("--flip", "--micro-batch", "2"), ("--n-critic", "2", "--gp-every", "3"),
+                                   ("--batch-size", "5"), ("--recompute-activations",)])
 def test_going_on_is_exact_with(whole, tmp_path, flags):
     images, expected = whole(*flags)
     assert train(tmp_path, images, "--steps", "4", *flags) == 0
@@ -134,7 +133,7 @@ def test_going_on_after_a_rollback_is_exact(whole, tmp_path, monkeypatch):
     assert expected[0]["counters"]["rollbacks"] == 1 and expected[0]["counters"]["lr_scale"] == 0.5
     assert expected[0]["generator_optimizer"]["param_groups"][0]["lr"] == 0.5e-3
     assert [line["step"] for line in expected[1]] == list(range(1, STEPS + 1))
-    for stop in (4, 5, 7):
+    for stop in (5, 7):
         assert train(tmp_path / str(stop), images, "--steps", str(stop), *flags) == 0
         assert train(tmp_path / str(stop), images, "--steps", str(STEPS), *flags) == 0
         assert_same_run(final(tmp_path / str(stop), images), expected)
