@@ -410,7 +410,7 @@ def test_recomputing_keeps_fewer_activations(photos, tmp_path, monkeypatch):
 def test_compiled_losses_are_one_graph_and_equal(photos, tmp_path, monkeypatch):
     plain, values = gradients_of_a_step(photos, tmp_path, monkeypatch)
     compiled, compiled_values = gradients_of_a_step(photos, tmp_path, monkeypatch, "--compile")    # fullgraph=True
-    assert_same_gradients(plain, compiled, tolerance=3e-2)    # in the encoder: rounding picks another of two equal maxima
+    assert_same_gradients(plain, compiled, tolerance=3e-2)   # encoder: rounding picks another of two equal maxima
     assert {k: v.item() for k, v in compiled_values.items()} == \
            pytest.approx({k: v.item() for k, v in values.items()}, rel=1e-3, abs=1e-4)
 
