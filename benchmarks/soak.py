@@ -88,7 +88,7 @@ def soak(images, runs, steps, kills, rng):
 
     Lost steps are those in the log at the kill that the next start made again.
     """
-    rows, folder, out = [], runs / "soak", runs.with_suffix(".txt")
+    rows, folder, out, waiting = [], runs / "soak", runs.with_suffix(".txt"), None
     while True:
         process = start(images, runs, steps, out)
         number = rng.choice((signal.SIGTERM, signal.SIGKILL)) if len(rows) < kills else None
@@ -99,11 +99,12 @@ def soak(images, runs, steps, kills, rng):
         text = out.read_text()
         if "Traceback" in text and "KeyboardInterrupt" not in text:
             raise SystemExit(f"a start ended with a traceback:\n{text[-2000:]}")
-        if rows and rows[-1][2] is None and (found := re.search(r"continuing .* at step (\d+)", text)):
-            rows[-1][2] = max(0, rows[-1][3] - int(found[1]))
+        if waiting is not None and (found := re.search(r"continuing .* at step (\d+)", text)):
+            waiting[2], waiting = max(0, waiting[3] - int(found[1])), None
         if number is None or process.returncode == 0:
             return rows, process.returncode
         rows.append([number.name, process.returncode, None, last_logged(folder)])
+        waiting = waiting or rows[-1]            # a start that is killed before it goes on costs no steps itself
         print(f"\r{len(rows)} kills, step {rows[-1][3]} of {steps}", end="", file=sys.stderr, flush=True)
 
 
