@@ -40,7 +40,7 @@ VIDEO_NOISE = 0.05          # standard deviation of the last frame's noise, of t
 
 # ------------------------------------------------------------------------------------- losses
 LAMBDA_GP = 10.0            # weight of the gradient penalty (Gulrajani et al. 2017)
-GP_EVERY = 4                # penalty on every so manieth picture of each critic update: 1 is the paper's, all of them
+GP_EVERY = 4                # the penalty is measured on one picture in so many of each critic update: 1 is the paper's, all
 LAMBDA_DRIFT = 1e-3         # weight of the squared scores, which keeps them centred
 LAMBDA_REC = 100.0          # weight of the reconstruction error at 3 x 64 x 64, scaled to other sizes
 LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / LAMBDA_REC is the Laplace scale b
