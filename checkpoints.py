@@ -6,6 +6,7 @@ recognised, named, and the one before it is used.
 """
 
 import contextlib
+import errno
 import io
 import os
 import zipfile
@@ -95,8 +96,10 @@ def lock(folder):
     except filelock.Timeout:
         raise CheckpointError(f"{folder}: another training writes to this run; --run NEWNAME starts a run of its "
                               "own") from None
-    except NotImplementedError:                 # a file system without locks: we go on without one
-        pass
+    except (NotImplementedError, OSError) as error:
+        # A file system without locks: we go on without one.
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise
     try:
         yield
     finally:
@@ -130,14 +133,15 @@ def load(file, device="cpu"):
     return state
 
 
-def newest(folder, device="cpu", warn=print, set_aside=False, sound_only=False):
-    """(file, state) of the newest readable step file of a folder, or None where it holds none at all.
+def newest(folder, device="cpu", warn=print, set_aside=False, sound=None):
+    """(file, state) of the newest readable step file of a folder, or None where it holds none at all; sound as in
+    step_files.
 
     A damaged one is named through `warn` and passed over; with set_aside it is renamed too, to *.damaged, so that
     it does not count among the KEEP that `save` keeps. Raises CheckpointError, and renames nothing, where all are
     damaged.
     """
-    files, damaged = step_files(folder, sound=True if sound_only else None), []
+    files, damaged = step_files(folder, sound), []
     for file in reversed(files):
         try:
             state = load(file, device)

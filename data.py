@@ -12,6 +12,7 @@ file is decoded again only when its size or time of change is another. The cache
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -386,12 +387,16 @@ def _locked(folder):
     """One process at a time writes a cache; a second one waits, then finds the work done."""
     os.makedirs(folder, exist_ok=True)
     lock = filelock.FileLock(os.path.join(folder, "lock"))
-    with contextlib.suppress(NotImplementedError):    # a file system without locks: we go on without one
+    try:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             print("another process is reading the same images; waiting for it", flush=True)
             lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        # A file system without locks: we go on without one.
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise
     try:
         yield
     finally:
@@ -534,6 +539,15 @@ def load_images(root, image_size, channels, cache_dir, background=255, workers=-
         raise DataError(f"{printable(folder)}: cannot keep decoded images here: {_short(error)}") from None
     train, held_out = split(list(usable.values()), held_out_share, held_out_min)
     return ImageSet(images, list(usable), train, held_out, skipped)
+
+
+def load_images_of_run(root, c):
+    """load_images with a run's constants; files that can't be used are counted and named. Raises DataError."""
+    image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
+                            c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
+    for line in summary_lines(image_set):
+        print(line)
+    return image_set
 
 
 def split(hashes, share, least):

@@ -77,11 +77,14 @@ def find_extractor(device):
 
 # ------------------------------------------------------------------------------------- scores
 
-def scores(generated, real, extractor=None):
-    """{name: number} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W)."""
+def scores(generated, real, extractor=None, real_features=None):
+    """{name: number} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W).
+
+    real_features: extractor(real), from who has it already.
+    """
     found = {}
     if extractor is not None:
-        a, b = extractor(generated), extractor(real)
+        a, b = extractor(generated), extractor(real) if real_features is None else real_features
         found["frechet"] = metrics.frechet_distance(a, b)
         found["kid"], found["kid_error"] = metrics.kernel_distance(a, b)
         found["precision"], found["recall"] = metrics.precision_and_recall(b, a)
@@ -124,14 +127,6 @@ def is_run(path):
     return path.is_file() or (path / "config.json").is_file()
 
 
-def load_images(folder, c, runs_dir):
-    image_set = data.load_images(folder, c.IMAGE_SIZE, c.CHANNELS, Path(runs_dir) / ".cache", c.BACKGROUND,
-                                 held_out_share=c.HELD_OUT_SHARE, held_out_min=c.HELD_OUT_MIN, leave_out=runs_dir)
-    for line in data.summary_lines(image_set):
-        print(line)
-    return image_set
-
-
 def parse(argv):
     parser = command_line.Parser("evaluate.py", __doc__)
     parser.add_argument("path", metavar="RUN_OR_DIR", help="a run's folder, a checkpoint file, or a folder of images")
@@ -146,9 +141,7 @@ def parse(argv):
         raise InputError(f"--count {arguments.count} can't be: give 4 or more")
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed} can't be: give 0 or more")
-    if arguments.image_size not in command_line.IMAGE_SIZES:
-        raise InputError(f"--image-size {arguments.image_size} can't be: give one of "
-                         f"{', '.join(map(str, command_line.IMAGE_SIZES))}")
+    arguments.constants, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     return arguments
 
 
@@ -158,13 +151,10 @@ def start(argv):
     if is_run(arguments.path):
         _, saved = checkpoints.find(arguments.path, device, warn=lambda line: print(line, file=sys.stderr))
         generator, c = model_definitions.from_checkpoint(saved, device)
-        real = some(load_images(arguments.data, c, c.RUNS_DIR), arguments.count)
+        real = some(data.load_images_of_run(arguments.data, c), arguments.count)
         pictures = generate(generator, c.LATENT_DIM, len(real), arguments.seed)
     else:
-        c = command_line.with_derived({name: value for name, (value, _) in
-                                       command_line.constants_with_comments().items()})
-        c.IMAGE_SIZE = arguments.image_size
-        real, pictures = (some(load_images(folder, c, c.RUNS_DIR), arguments.count)
+        real, pictures = (some(data.load_images_of_run(folder, arguments.constants), arguments.count)
                           for folder in (arguments.data, arguments.path))
     extractor = find_extractor(device)
     if extractor is None:

@@ -63,19 +63,37 @@ def to_array(image):
     return data.to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def say(line):
+    """Prints a line above the progress bar, at once also where the output is a file."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 class Log:
     """metrics.jsonl, and the progress bar, or plain lines where the output is no terminal."""
 
     def __init__(self, run_folder, c, step):
-        self.c, self.first_step, self.started = c, step, time.monotonic()
-        self.last_line = self.last_time = self.started
-        self.last_step, self.first_step_done = step, None
-        self.path = run_folder / "metrics.jsonl"
-        cut_metrics(self.path, step)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.c, self.path = c, run_folder / "metrics.jsonl"
+        self.start_at(step)
+        self.last_line = self.started
         self.symptom_lines, self.disk_full = {}, False
         self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
+
+    def start_at(self, step):
+        """Opens metrics.jsonl without the lines after a step, and counts time and steps from there."""
+        cut_metrics(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.first_step = self.last_step = step
+        self.started = self.last_time = time.monotonic()
+        self.first_step_done = None
+
+    def back_to(self, step):
+        """The run has gone back to a step."""
+        self.file.close()
+        self.start_at(step)
+        self.bar.n = step
+        self.bar.refresh()
 
     def step(self, state, values):
         """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps, or where it was skipped."""
@@ -86,22 +104,17 @@ class Log:
         if step % c.LOG_EVERY and not skipped:
             return
         values = dict(zip(values, torch.stack(list(values.values())).tolist()))      # one wait for the device, not many
-        if "gradient_norm" in values:
-            values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
+        values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
         self.write({**state.counters, **finite, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
         if skipped.bit_count() == 1:             # in full at first, then less and less often
-            self.say(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
-                     + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            say(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
+                + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.say_symptoms(step, values)
         self.show(step, values, speed, now)
-
-    def say(self, line):
-        tqdm.write(line)
-        sys.stdout.flush()
 
     def write(self, line):
         """One line of metrics.jsonl; on a full disk it is lost, which is said once, and training goes on."""
@@ -111,7 +124,7 @@ class Log:
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                self.say(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
+                say(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
             self.disk_full = True
             with contextlib.suppress(OSError):
                 self.file.close()                # with what could not be written
@@ -126,24 +139,14 @@ class Log:
         for name, text in found.items():
             self.symptom_lines[name] = self.symptom_lines.get(name, 0) + 1
             if self.symptom_lines[name] == SYMPTOM_LINES:
-                self.say(f"step {step}: {text}")
-
-    def back_to(self, step):
-        """Forgets the lines after a step that the run has gone back to."""
-        self.file.close()
-        cut_metrics(self.path, step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.first_step = self.last_step = self.bar.n = step
-        self.started = self.last_time = time.monotonic()
-        self.first_step_done = None
-        self.bar.refresh()
+                say(f"step {step}: {text}")
 
     def say_duration(self, step, now):
         """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
         if step == self.first_step + 1:
             self.first_step_done = now
         elif step == self.first_step + 11:
-            tqdm.write(duration_line(self.c, (now - self.first_step_done) / 10, step))
+            say(duration_line(self.c, (now - self.first_step_done) / 10, step))
 
     def show(self, step, values, speed, now):
         names = {"D": "critic_loss", "gap": "score_gap", "norm": "gradient_norm", "W": "wasserstein",
@@ -152,7 +155,7 @@ class Log:
         if self.c.MINUTES:
             left = min(left, max(0, 60 * self.c.MINUTES - (now - self.started)))
         text = f"{in_words(left)} left {speed:.1f} img/s " + " ".join(
-            f"{short} {values[name]:.3g}" for short, name in names.items() if name in values)
+            f"{short} {values[name]:.3g}" for short, name in names.items())
         text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
         self.bar.set_description_str(text, refresh=False)
         if self.bar.disable and (now - self.last_line > PLAIN_LINE_SECONDS or step + self.c.LOG_EVERY > self.c.STEPS):
@@ -168,11 +171,10 @@ def symptoms(values, c):
     """What says that a run is lost, from the scalars of one step: {symptom: a sentence with what to try}."""
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
     found = {}
-    if values.get("gradient_norm", 0) > 10 or abs(values["score_gap"]) > 1e4:
-        found["critic"] = (f"the critic runs away: score gap {values['score_gap']:.3g}"
-                           + (f", gradient norm {values['gradient_norm']:.3g} where the penalty asks for 1"
-                              if "gradient_norm" in values else "")
-                           + ". Try a lower --critic-learning-rate, a higher --lambda-gp, or --gp-every 1")
+    if values["gradient_norm"] > 10 or abs(values["score_gap"]) > 1e4:
+        found["critic"] = (f"the critic runs away: score gap {values['score_gap']:.3g}, gradient norm "
+                           f"{values['gradient_norm']:.3g} where the penalty asks for 1. Try a lower "
+                           "--critic-learning-rate, a higher --lambda-gp, or --gp-every 1")
     if values["picture_spread"] < 0.05:
         found["pictures"] = (f"the generated pictures are all alike, their spread is {values['picture_spread']:.1%} of "
                              "the real ones'. Try a lower --learning-rate, or a new run with another --seed")

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoints
 import command_line
@@ -25,7 +24,7 @@ import demo_images
 from checkpoints import CheckpointError
 from command_line import InputError
 from data import DataError
-from run_log import Log, is_sample_step, print_start, write_samples
+from run_log import Log, is_sample_step, print_start, say, write_samples
 from training_step import new_state, set_up, training_step
 
 # Constants that the shapes of the weights follow from: a run can't go on with others.
@@ -68,11 +67,7 @@ def load_data(c):
             demo_images.make(root, size=c.IMAGE_SIZE)
         except (ValueError, OSError) as error:
             raise InputError(f"the demo set can't be drawn: {error}; give --data or another --runs-dir") from None
-    image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, Path(c.RUNS_DIR) / ".cache", c.BACKGROUND,
-                                 c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
-    for line in data.summary_lines(image_set):
-        print(line)
-    return image_set
+    return data.load_images_of_run(root, c)
 
 
 def check_continuing(c, given, saved):
@@ -98,20 +93,20 @@ def continue_or_start(c, given, device):
         return state
     file, saved = found
     check_continuing(c, given, saved["constants"])
-    load_state(state, c, file, saved)
+    load_state(state, file, saved)
+    state.set_learning_rates(c)
     print(f"continuing {folder} at step {state.counters['step']} from {file.name}")
     return state
 
 
-def load_state(state, c, file, saved):
-    """Brings state to what a checkpoint holds, with the learning rates of the constants."""
+def load_state(state, file, saved):
+    """Brings state to what a checkpoint holds. Raises CheckpointError where its networks are others."""
     try:
         state.load_state_dict(saved)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{file}: its networks are not those of this version ({reason}): use the version that "
                               "wrote it, or --run NEWNAME for a new run") from None
-    state.set_learning_rates(c)
 
 
 class StopSignal:
@@ -166,8 +161,8 @@ class Saver:
             file = checkpoints.save(self.folder, {**self.state.state_dict(), "constants": dict(vars(self.c))},
                                     counters["step"], sound=not counters["skipped_in_a_row"])
         except OSError as error:
-            tqdm.write(f"step {counters['step']}: the checkpoint can't be written ({error.strerror}); the ones before "
-                       f"stay, and it is tried again: make room on the disk of {self.folder}")
+            say(f"step {counters['step']}: the checkpoint can't be written ({error.strerror}); the ones before "
+                f"stay, and it is tried again: make room on the disk of {self.folder}")
             self.wait(self.RETRY_SECONDS)
             return None
         self.wait(60 * self.c.CHECKPOINT_MINUTES)
@@ -185,21 +180,21 @@ def roll_back(state, c, saver, log):
     """
     counters = state.counters
     lost, rollbacks = counters["step"], counters["rollbacks"]
-    found = checkpoints.newest(saver.folder, state.device, sound_only=True)
+    found = checkpoints.newest(saver.folder, state.device, sound=True)
     if rollbacks >= c.MAX_ROLLBACKS or found is None:
         last = f"{found[0]} is the last good checkpoint" if found else "there is no good checkpoint to go back to"
         raise Lost(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
                    f"{rollbacks} rollbacks: {last}. Give half the --learning-rate and --critic-learning-rate and "
                    "another --run, or look at the values in metrics.jsonl")
     file, saved = found
-    load_state(state, c, file, saved)
-    counters.update(rollbacks=max(rollbacks, counters["rollbacks"]) + 1, lr_scale=counters["lr_scale"] / 2)
+    load_state(state, file, saved)
+    counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
     state.set_learning_rates(c)
     checkpoints.drop_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
     saver.save()
     log.back_to(counters["step"])
-    log.say(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} with "
-            f"{counters['lr_scale']:g} of the learning rates (rollback {counters['rollbacks']} of {c.MAX_ROLLBACKS})")
+    say(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} with "
+        f"{counters['lr_scale']:g} of the learning rates (rollback {counters['rollbacks']} of {c.MAX_ROLLBACKS})")
 
 
 def train(state, c, image_set, folder):
@@ -210,7 +205,7 @@ def train(state, c, image_set, folder):
         try:
             write_samples(state, c, image_set, folder / "samples")
         except OSError as error:
-            tqdm.write(f"step {counters['step']}: the samples can't be written ({error.strerror}); training goes on")
+            say(f"step {counters['step']}: the samples can't be written ({error.strerror}); training goes on")
 
     with StopSignal() as stop:
         log, saver = Log(folder, c, counters["step"]), Saver(state, c, folder)

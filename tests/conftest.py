@@ -1,11 +1,14 @@
 """Fixtures that several test files share. Tests draw their own images."""
 
+import json
 import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import training
 
 torch.set_num_threads(1)       # the tensors here are small: two threads would mostly wait for one another
 
@@ -35,3 +38,37 @@ def image_folder(tmp_path):
     def draw(count, size=40, name="photos", seed=0):
         return draw_images(str(tmp_path / name), count, size, seed)
     return draw
+
+
+@pytest.fixture
+def photos(image_folder):
+    return image_folder(12)
+
+
+@pytest.fixture
+def run(photos, tmp_path):
+    """run(*flags) trains on the photos in tmp_path/runs and returns the exit status."""
+    def start(*flags, images=photos):
+        return training.main(["--data", str(images), "--runs-dir", str(tmp_path / "runs"), *SMALL, *flags])
+    return start
+
+
+def lines(tmp_path, name="photos"):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def poison(monkeypatch, at):
+    """A step whose number `at(step, rollbacks)` holds for has a critic that sees NaN."""
+    one_step = training.training_step
+
+    def step(state, c, images):
+        if at(state.counters["step"], state.counters["rollbacks"]):
+            weight = next(state.critic.parameters())
+            kept = weight.detach().clone()
+            weight.data.fill_(float("nan"))
+            values = one_step(state, c, images)
+            weight.data.copy_(kept)
+            return values
+        return one_step(state, c, images)
+    monkeypatch.setattr(training, "training_step", step)

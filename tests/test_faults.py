@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
-from test_resume import poison
+from conftest import SMALL, lines, poison
 
 import checkpoints
 import data
@@ -24,19 +23,6 @@ import training
 import training_step
 
 SCRIPT = Path(training.__file__)
-
-
-@pytest.fixture
-def photos(image_folder):
-    return image_folder(12)
-
-
-@pytest.fixture
-def run(photos, tmp_path):
-    """run(*flags) trains on the photos in tmp_path/runs and returns the exit status."""
-    def start(*flags):
-        return training.main(["--data", photos, "--runs-dir", str(tmp_path / "runs"), *SMALL, *flags])
-    return start
 
 
 @pytest.fixture
@@ -59,10 +45,6 @@ def process(photos, tmp_path):
 
 def checkpoint_folder(tmp_path):
     return tmp_path / "runs" / "photos" / "checkpoints"
-
-
-def lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "runs" / "photos" / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_step(tmp_path, step, seconds=120):

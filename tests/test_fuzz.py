@@ -44,7 +44,7 @@ def mutated(content, rng):
 
 def fuzz(content, check):
     """check(mutated content) for many mutations; returns how many there were."""
-    rng, peak, end = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    rng, peak = np.random.default_rng(0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     end = time.monotonic() + SECONDS
     for case in range(CASES):
         if time.monotonic() > end:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, draw_images, poison
 
 import checkpoints
 import training
@@ -62,7 +62,6 @@ def assert_same_run(a, b):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """whole(*flags): pictures, and the end of a run over them without a break; each made once."""
-    from conftest import draw_images
     folder, made = tmp_path_factory.mktemp("whole"), {}
     images = draw_images(str(folder / "photos"), 12)
 
@@ -106,22 +105,6 @@ def test_other_random_draws_make_another_run(whole):
     _, other = whole("--seed", "1")
     with pytest.raises(AssertionError):
         assert_same_run(expected, other)
-
-
-def poison(monkeypatch, at):
-    """A step whose number `at(step, rollbacks)` holds for has a critic that sees NaN."""
-    one_step = training.training_step
-
-    def step(state, c, images):
-        if at(state.counters["step"], state.counters["rollbacks"]):
-            weight = next(state.critic.parameters())
-            kept = weight.detach().clone()
-            weight.data.fill_(float("nan"))
-            values = one_step(state, c, images)
-            weight.data.copy_(kept)
-            return values
-        return one_step(state, c, images)
-    monkeypatch.setattr(training, "training_step", step)
 
 
 def test_going_on_after_a_rollback_is_exact(whole, tmp_path, monkeypatch):

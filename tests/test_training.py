@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, lines
 from PIL import Image
 
 import checkpoints
@@ -28,27 +28,10 @@ import training_step
 
 
 @pytest.fixture
-def photos(image_folder):
-    return image_folder(12)
-
-
-@pytest.fixture
-def run(photos, tmp_path):
-    """run(*flags) trains on the photos in tmp_path/runs and returns the exit status."""
-    def start(*flags, images=photos):
-        return training.main(["--data", str(images), "--runs-dir", str(tmp_path / "runs"), *SMALL, *flags])
-    return start
-
-
-@pytest.fixture
 def small_state(photos, tmp_path):
     c, _ = command_line.parse_constants(["--data", photos, *SMALL])
     images = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
     return training_step.new_state(c, torch.device("cpu")), c, images
-
-
-def lines(tmp_path, name="photos"):
-    return [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def vector(model):
@@ -408,9 +391,10 @@ def test_recomputing_keeps_fewer_activations(photos, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_losses_are_one_graph_and_equal(photos, tmp_path, monkeypatch):
-    plain, values = gradients_of_a_step(photos, tmp_path, monkeypatch)
-    compiled, compiled_values = gradients_of_a_step(photos, tmp_path, monkeypatch, "--compile")    # fullgraph=True
-    assert_same_gradients(plain, compiled, tolerance=3e-2)   # encoder: rounding picks another of two equal maxima
+    wide = "--encoder-width", "8"       # in few channels one maximum more or less is a larger share of a gradient
+    plain, values = gradients_of_a_step(photos, tmp_path, monkeypatch, *wide)
+    compiled, compiled_values = gradients_of_a_step(photos, tmp_path, monkeypatch, *wide, "--compile")  # fullgraph=True
+    assert_same_gradients(plain, compiled, tolerance=1e-2)         # rounding picks another of two equal maxima
     assert {k: v.item() for k, v in compiled_values.items()} == \
            pytest.approx({k: v.item() for k, v in values.items()}, rel=1e-3, abs=1e-4)
 
