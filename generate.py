@@ -16,19 +16,13 @@ from tqdm import tqdm
 import checkpoints
 import command_line
 import data
+import latent_space
 import model_definitions
 import pictures
-import random_keys
 from checkpoints import CheckpointError
 from command_line import InputError
 
 GRID_LIMIT = 256        # pictures on grid.png at most; the single files hold them all
-
-
-def draw_z(seed, first, count, latent_dim):
-    """z (count, LATENT_DIM) of the pictures first, first + 1, ...: each from a key of its own."""
-    return torch.stack([torch.randn(latent_dim, generator=random_keys.generator(seed, "generate", first + i))
-                        for i in range(count)])
 
 
 @torch.inference_mode()
@@ -39,37 +33,10 @@ def render(generator, z, batch_size=16):
         yield from data.to_uint8(generator(part.to(device))).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def spherical(a, b, t):
-    """From a (D,) to b at t in [0, 1]: direction along the great circle, norm along the line between the norms.
-
-    z of a normal distribution lies near a shell of radius sqrt(D); a straight line would cut through its inside,
-    where no training picture ever was.
-    """
-    direction_a, direction_b = a / a.norm(), b / b.norm()
-    angle = torch.arccos((direction_a @ direction_b).clamp(-1, 1))
-    if angle < 1e-4:
-        return torch.lerp(a, b, t)
-    direction = (torch.sin((1 - t) * angle) * direction_a + torch.sin(t * angle) * direction_b) / torch.sin(angle)
-    return direction * torch.lerp(a.norm(), b.norm(), t)
-
-
-def walk(keyframes, frames):
-    """A closed path through keyframes (K, D), `frames` points long (frames, D); the last leads back to the first.
-
-    Between two keyframes the speed rises from 0 and falls to 0 again along a cosine, so that no corner is seen.
-    """
-    path = []
-    for position in torch.arange(frames) * len(keyframes) / frames:
-        start = int(position)
-        eased = (1 - torch.cos(torch.pi * (position - start))) / 2
-        path.append(spherical(keyframes[start], keyframes[(start + 1) % len(keyframes)], eased))
-    return torch.stack(path)
-
-
 def write_images(generator, constants, arguments):
     """arguments.images single files and a grid, in arguments.out."""
     out = Path(arguments.out)
-    z = draw_z(arguments.seed, 0, arguments.images, constants.LATENT_DIM)
+    z = latent_space.draw_z(arguments.seed, 0, arguments.images, constants.LATENT_DIM)
     shown = []
     rendered = tqdm(render(generator, z), total=len(z), unit="image", disable=not sys.stderr.isatty())
     for i, picture in enumerate(rendered):
@@ -82,8 +49,8 @@ def write_images(generator, constants, arguments):
 
 def write_walk(generator, constants, arguments):
     """A looping walk through arguments.keyframes points as an animation, arguments.video."""
-    keyframes = draw_z(arguments.seed, 0, arguments.keyframes, constants.LATENT_DIM)
-    z = walk(keyframes, max(2, round(arguments.seconds * arguments.fps)))
+    keyframes = latent_space.draw_z(arguments.seed, 0, arguments.keyframes, constants.LATENT_DIM)
+    z = latent_space.walk(keyframes, max(2, round(arguments.seconds * arguments.fps)))
     frames = tqdm(render(generator, z), total=len(z), unit="frame", disable=not sys.stderr.isatty())
     pictures.save_animation(Path(arguments.video), (pictures.grid(frame[None]) for frame in frames), arguments.fps)
     print(f"{len(z)} frames in {arguments.video}")

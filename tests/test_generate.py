@@ -6,6 +6,7 @@ from PIL import Image
 
 import checkpoints
 import generate
+import latent_space
 import model_definitions
 import training
 
@@ -43,7 +44,7 @@ def test_one_seed_is_one_picture_at_any_count_and_batch_size(trained, tmp_path):
         assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "20" / name)).max() <= 1
         assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "other" / name)).max() > 1
     generator, c = load(trained)
-    z = generate.draw_z(1, 0, 5, c.LATENT_DIM)
+    z = latent_space.draw_z(1, 0, 5, c.LATENT_DIM)
     one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
     assert np.abs(one - five).max() <= 1
 
@@ -53,24 +54,6 @@ def test_a_walk_is_written_with_its_number_of_frames(trained, tmp_path, name):
     assert generate.main([str(trained), "--video", str(tmp_path / name), "--seconds", "1", "--fps", "10"]) == 0
     with Image.open(tmp_path / name) as video:
         assert video.is_animated and video.n_frames == 10
-
-
-def test_a_walk_closes_passes_its_keyframes_and_stays_on_the_shell():
-    keyframes = generate.draw_z(0, 0, 4, 128)
-    path = generate.walk(keyframes, 80)
-    torch.testing.assert_close(path[::20], keyframes)
-    norms = path.norm(dim=1)
-    assert norms.min() > 0.99 * keyframes.norm(dim=1).min() and norms.max() < 1.01 * keyframes.norm(dim=1).max()
-    steps = (path.roll(-1, 0) - path).norm(dim=1)
-    assert steps.max() < 0.15 * keyframes[0].norm()          # no jump, from the last frame to the first neither
-
-
-def test_spherical_interpolation_keeps_a_constant_angular_speed():
-    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
-    for t in (0.0, 0.25, 0.5, 1.0):
-        angle = torch.tensor(t * torch.pi / 2)
-        want = 2 * torch.stack([angle.cos(), angle.sin()])
-        torch.testing.assert_close(generate.spherical(a, b, torch.tensor(t)), want, atol=1e-6, rtol=0)
 
 
 def test_a_single_checkpoint_file_does_too(trained, tmp_path):
