@@ -58,15 +58,20 @@ def save(folder, state, step, sound=True):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step_{step:08d}{'' if sound else UNSOUND}.pt"
-    buffer = io.BytesIO()                       # torch.save into a file on a full disk raises what can't be told apart
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(file, lambda handle: handle.write(buffer.getbuffer()))
+    save_as(file, state)
     sound_files, unsound_files = step_files(folder, sound=True), step_files(folder, sound=False)
     dropped = sound_files[:-KEEP] + unsound_files[:-1]
     dropped += [f for f in unsound_files[-1:] if sound_files and f.name < sound_files[-1].name]
     for old in [*dropped, *folder.glob("step_*.part")]:         # .part: of a process that was killed while saving
         old.unlink(missing_ok=True)
     return file
+
+
+def save_as(file, state):
+    """Writes the dict as a checkpoint under this name. Raises OSError (a full disk)."""
+    buffer = io.BytesIO()                       # torch.save into a file on a full disk raises what can't be told apart
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(file, lambda handle: handle.write(buffer.getbuffer()))
 
 
 def drop_unsound(folder):

@@ -33,12 +33,15 @@ LIMITS = {
     "BETA_1": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "BETA_2": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
+    "FEEDBACK_PROB": (lambda v: 0 <= v <= 1, "0 to 1"),
+    "EVALUATE_COUNT": (lambda v: v >= 4, "4 or more"),
     "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]{0,100}", v) is not None,
             "a name of at most 100 characters without slashes or a dot in front"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
-               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH", "MAX_ROLLBACKS")
+               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH", "MAX_ROLLBACKS",
+               "EVALUATE_EVERY")
 
 
 class InputError(Exception):

@@ -11,6 +11,7 @@ STEPS = 20_000              # generator updates in all; a continued run counts i
 MINUTES = 0.0               # ends the run cleanly after so many minutes from this start; 0: only STEPS ends it
 DEVICE = "auto"             # auto (CUDA, else MPS, else CPU), cuda, mps or cpu
 SEED = 0                    # every random draw of the run follows from it
+INIT_FROM = ""              # run, checkpoint or weights file whose networks a new run starts from; empty: from random ones
 
 # ------------------------------------------------------------------------------------- images
 IMAGE_SIZE = 128            # side of the pictures, pixels: a multiple of 16 from 32 to 256; 64 costs a quarter of 128
@@ -37,6 +38,7 @@ ALPHA_PER_CHANNEL = False   # one alpha a pixel and channel instead of one a pix
 VIDEO_SHIFT = 0.06          # largest shift of a frame, as a share of IMAGE_SIZE
 VIDEO_BRIGHTNESS = 0.1      # largest change of a frame's brightness, of the range 0 to 1
 VIDEO_NOISE = 0.05          # standard deviation of the last frame's noise, of the range 0 to 1
+FEEDBACK_PROB = 0.0         # share of the updates whose video holds the pictures of a short walk before, not modified copies
 
 # ------------------------------------------------------------------------------------- losses
 LAMBDA_GP = 10.0            # weight of the gradient penalty (Gulrajani et al. 2017)
@@ -69,6 +71,8 @@ RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save
 LOG_EVERY = 20              # steps between two lines of metrics.jsonl
 SAMPLE_EVERY = 1_000        # steps between sample sheets; the first come sooner, at 0, 50, 100, 200, 400, ...
 SAMPLE_COUNT = 36           # pictures on a sample sheet
+EVALUATE_EVERY = 1_000      # steps between two scores of generated pictures, which choose best.pt; 0: none
+EVALUATE_COUNT = 512        # pictures for a score: more are steadier and take longer
 CHECKPOINT_EVERY = 1_000    # steps between checkpoints ...
 CHECKPOINT_MINUTES = 10.0   # ... and minutes, whichever comes first
 

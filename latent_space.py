@@ -5,8 +5,13 @@ on: a straight line between two points would cut through the inside, where no pi
 direction and norm apart.
 """
 
-import torch
+import sys
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
 import random_keys
 
 
@@ -17,13 +22,13 @@ def draw_z(seed, first, count, latent_dim):
 
 
 def spherical(a, b, t):
-    """From a (D,) to b at t in [0, 1]: direction along the great circle, norm along the line between the norms."""
-    direction_a, direction_b = a / a.norm(), b / b.norm()
-    angle = torch.arccos((direction_a @ direction_b).clamp(-1, 1))
-    if angle < 1e-4:
-        return torch.lerp(a, b, t)
+    """From a (..., D) to b at t in [0, 1]: direction along the great circle, norm along the line between the norms."""
+    norm_a, norm_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    direction_a, direction_b = a / norm_a, b / norm_b
+    angle = torch.arccos((direction_a * direction_b).sum(-1, keepdim=True).clamp(-1, 1))
     direction = (torch.sin((1 - t) * angle) * direction_a + torch.sin(t * angle) * direction_b) / torch.sin(angle)
-    return direction * torch.lerp(a.norm(), b.norm(), t)
+    # Where the two directions are one the circle is none; the straight line differs from it by nothing.
+    return torch.where(angle < 1e-4, a + t * (b - a), direction * (norm_a + t * (norm_b - norm_a)))
 
 
 def walk(keyframes, frames, loop=True):
@@ -39,6 +44,21 @@ def walk(keyframes, frames, loop=True):
         eased = (1 - torch.cos(torch.pi * (position - start))) / 2
         path.append(spherical(keyframes[start], keyframes[(start + 1) % len(keyframes)], eased))
     return torch.stack(path)
+
+
+@torch.inference_mode()
+def encode(vae, arrays, batch_size=16):
+    """uint8 arrays (N, H, W, C) -> mu (N, LATENT_DIM) on the CPU."""
+    device = vae.to_mu.weight.device
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    parts = tqdm(pixels.split(batch_size), desc="encoding", leave=False, delay=2, disable=not sys.stderr.isatty())
+    return torch.cat([vae.encode(data.to_image(part.to(device)))[0].cpu() for part in parts])
+
+
+def encode_some(vae, image_set, count=2048):
+    """mu (N, LATENT_DIM) of `count` pictures of the training split, always the same ones; of all where it has fewer."""
+    order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
+    return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])
 
 
 def principal_axes(mu):

@@ -1,12 +1,16 @@
-"""Pictures for people to look at: sheets, heat maps with their colour bar, PNG files and animations.
+"""Pictures for people to look at: sheets, heat maps with their colour bar, PNG and WebP files, videos.
 
 A picture is a uint8 array (H, W, 3). Several of one size are (N, H, W, C) with C 1 (grey) or 3 (RGB). What is
 around them has one grey, PANEL, dark enough for a dark page and light enough for a light one.
 """
 
 import contextlib
+import importlib.util
+import itertools
 import math
 import os
+import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,9 @@ HEAT_ANCHORS = ((18, 16, 54), (73, 35, 125), (162, 54, 141), (234, 98, 103), (25
 NOT_A_NUMBER = (0, 255, 255)    # a colour that is not on the map
 
 SUFFIXES = (".gif", ".webp")    # of animations
+VIDEO_SUFFIXES = (".mp4", *SUFFIXES)
 FPS_LIMIT = 50                  # browsers fall back to 10 frames a second where one is shorter than 20 ms
+MP4_FPS_LIMIT = 120             # an mp4 has no such limit; more than a screen shows helps nobody
 KMEANS_PIXELS = 2 ** 17         # largest frame whose palette is refined by k-means
 
 # ------------------------------------------------------------------------------------- sheets
@@ -159,19 +165,85 @@ def _replacing(file):
         raise
 
 
-def save_png(file, picture):
-    """Writes uint8 (H, W, 3), or grey (H, W) or (H, W, 1), as a PNG; folders on the way are made.
+def save_picture(file, picture):
+    """Writes uint8 (H, W, 3), or grey (H, W) or (H, W, 1), as PNG or WebP, by the suffix of `file`; folders on the way
+    are made.
 
-    The file is complete under its name or as it was.
-    Raises ValueError for another type or shape, OSError where it cannot be written.
+    WebP loses a little (quality 95) and takes a third of the room. The file is complete under its name or as it was.
+    Raises ValueError for another suffix, type or shape, OSError where it cannot be written.
     """
-    picture = np.asarray(picture)
+    picture, suffix = np.asarray(picture), Path(file).suffix.lower()
+    if suffix not in (".png", ".webp"):
+        raise ValueError(f"{file}: pictures are .png or .webp")
     if picture.ndim == 3 and picture.shape[2] == 1:
         picture = picture[:, :, 0]
     if picture.dtype != np.uint8 or (picture.ndim != 2 and (picture.ndim != 3 or picture.shape[2] != 3)):
         raise ValueError(f"{file}: {picture.dtype} {picture.shape}, a picture is uint8 (H, W, 3) or (H, W)")
     with _replacing(file) as handle:
-        Image.fromarray(picture).save(handle, format="PNG")
+        Image.fromarray(picture).save(handle, format=suffix[1:].upper(), quality=95)
+
+
+def missing_for(file):
+    """What keeps save_video from writing `file`: one line, or None."""
+    suffix = Path(file).suffix.lower()
+    if suffix not in ("", *VIDEO_SUFFIXES):
+        return f"{suffix} is no kind of video: give a name that ends with {', '.join(VIDEO_SUFFIXES)}, or a folder's"
+    if suffix == ".mp4" and importlib.util.find_spec("av") is None:
+        return "an mp4 needs PyAV, which is not installed: pip install av, or give a name that ends with .webp or .gif"
+    if suffix == "" and Path(file).exists():
+        return "it exists already, and the frames would mix with what is in it: give another name"
+    return None
+
+
+def save_video(file, frames, fps, loop=True):
+    """Writes frames as mp4, GIF or WebP, by the suffix of `file`, or without one as a folder of PNG files.
+
+    frames: any iterable of uint8 (H, W, 3), one size; an mp4 and a folder take them one at a time, so that memory does
+    not grow with the length. loop as in save_animation: an mp4 and a folder leave it to the player. The file or folder
+    is complete under its name or not there. Raises ValueError as missing_for says and as save_animation does.
+    """
+    problem, suffix = missing_for(file), Path(file).suffix.lower()
+    if problem:
+        raise ValueError(f"{file}: {problem}")
+    if suffix in SUFFIXES:
+        save_animation(file, frames, fps, loop)
+    elif suffix == ".mp4":
+        _save_mp4(file, _frame_images(file, frames), fps)
+    else:
+        _save_frames(Path(file), _frame_images(file, frames))
+
+
+def _save_mp4(file, images, fps):
+    """H.264 in yuv420p, which every browser and phone plays; a border repeats the last row where a side is odd."""
+    import av  # optional: requirements-extras.txt
+
+    if not 1 <= fps <= MP4_FPS_LIMIT:
+        raise ValueError(f"{file}: {fps} frames a second, possible are 1 to {MP4_FPS_LIMIT}")
+    first = next(images, None)
+    if first is None:
+        raise ValueError(f"{file}: a video needs at least one frame")
+    width, height = (side + side % 2 for side in first.size)
+    with _replacing(file) as handle, av.open(handle, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in itertools.chain([first], images):
+            pixels = np.pad(np.array(image), ((0, height - image.height), (0, width - image.width), (0, 0)), "edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _save_frames(folder, images):
+    """00000.png, 00001.png, ...: written beside and renamed, so that the folder is whole or not there."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for number, image in enumerate(images):
+            image.save(temporary / f"{number:05d}.png")
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def save_animation(file, frames, fps, loop=True):

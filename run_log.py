@@ -54,7 +54,7 @@ def write_samples(state, c, image_set, folder):
         sheet = pictures.grid(sheet, columns)
         if kind == "alpha":
             sheet = pictures.beside(sheet, pictures.colour_bar(low, high, sheet.shape[0], log=True))
-        pictures.save_png(folder / f"{name}_{kind}.png", sheet)
+        pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
 
 

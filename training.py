@@ -9,6 +9,7 @@ Every constant of config.py is a flag; --help lists them.
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ import checkpoints
 import command_line
 import data
 import demo_images
+import evaluate
+import latent_space
 from checkpoints import CheckpointError
 from command_line import InputError
 from data import DataError
@@ -81,7 +84,7 @@ def check_continuing(c, given, saved):
                          f"{c.DATA or 'the demo set'}: give --run NEWNAME")
     for name, old in saved.items():
         new = getattr(c, name, None)
-        if new is not None and new != old and name != "RUNS_DIR":
+        if new is not None and new != old and name not in ("RUNS_DIR", "INIT_FROM"):
             print(f"{name} is now {new}, was {old}")
 
 
@@ -90,6 +93,8 @@ def continue_or_start(c, given, device):
     state, folder = new_state(c, device), Path(c.RUNS_DIR) / c.RUN
     found = checkpoints.newest(folder / "checkpoints", device, set_aside=True)
     if found is None:
+        if c.INIT_FROM:
+            start_from(state, c)
         return state
     file, saved = found
     check_continuing(c, given, saved["constants"])
@@ -97,6 +102,23 @@ def continue_or_start(c, given, device):
     state.set_learning_rates(c)
     print(f"continuing {folder} at step {state.counters['step']} from {file.name}")
     return state
+
+
+def start_from(state, c):
+    """Takes the weights of INIT_FROM for a new run: its averaged generator, and its critic where the file has one."""
+    file, saved = checkpoints.find(c.INIT_FROM, state.device)
+    others = [name for name in SIZES if saved["constants"].get(name) != getattr(c, name)]
+    if others:
+        fitting = " ".join(command_line.as_given(name, saved["constants"].get(name)) for name in others)
+        raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
+    try:
+        for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic")):
+            if source in saved:
+                getattr(state, part).load_state_dict(saved[source])
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: its networks are not those of this version "
+                              f"({str(error).splitlines()[0]}): use a file of this version") from None
+    print(f"starting from {file}" + ("" if "critic" in saved else ", with a new critic: the file holds none"))
 
 
 def load_state(state, file, saved):
@@ -154,12 +176,13 @@ class Saver:
         if time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]:
             self.save()
 
-    def save(self):
-        """Saves now, whatever the time; returns the file, or None where the disk would not take it."""
+    def save(self, **more):
+        """Saves now, whatever the time; returns the file, or None where the disk would not take it. more: what the
+        file holds beside the state."""
         counters = self.state.counters
         try:
-            file = checkpoints.save(self.folder, {**self.state.state_dict(), "constants": dict(vars(self.c))},
-                                    counters["step"], sound=not counters["skipped_in_a_row"])
+            file = checkpoints.save(self.folder, {**self.contents(), **more}, counters["step"],
+                                    sound=not counters["skipped_in_a_row"])
         except OSError as error:
             say(f"step {counters['step']}: the checkpoint can't be written ({error.strerror}); the ones before "
                 f"stay, and it is tried again: make room on the disk of {self.folder}")
@@ -167,6 +190,51 @@ class Saver:
             return None
         self.wait(60 * self.c.CHECKPOINT_MINUTES)
         return file
+
+
+    def contents(self):
+        return {**self.state.state_dict(), "constants": dict(vars(self.c))}
+
+    def save_best(self):
+        """The state as best.pt, which nothing but a better one replaces."""
+        try:
+            checkpoints.save_as(self.folder / "best.pt", self.contents())
+        except OSError as error:
+            say(f"step {self.state.counters['step']}: best.pt can't be written ({error.strerror}); training goes on")
+
+
+class Evaluation:
+    """Each EVALUATE_EVERY steps the score of EVALUATE_COUNT pictures of the averaged generator, always from the same
+    noise, goes to metrics.jsonl; the lowest makes best.pt. The score is KID where the extractor's weights are at hand
+    (evaluate.py), else the sliced Wasserstein distance."""
+
+    def __init__(self, state, c, image_set):
+        self.state, self.c, self.image_set = state, c, image_set
+        self.real = None                          # real images and their features, made when first asked for
+
+    def step(self, log, saver):
+        """After each step: scores where it is time to."""
+        step = self.state.counters["step"]
+        if self.c.EVALUATE_EVERY == 0 or step % self.c.EVALUATE_EVERY or self.state.counters["skipped_in_a_row"]:
+            return
+        found = self.scores()
+        log.write({"step": step, **{f"evaluate_{name}": round(value, 4) for name, value in found.items()}})
+        kind = "kid" if "kid" in found else "sliced_wasserstein"
+        best = self.state.counters["best"]
+        better = best is None or best[0] != kind or found[kind] < best[1]
+        say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            + (" (the best so far: best.pt)" if better else ""))
+        if better and math.isfinite(found[kind]):
+            self.state.counters["best"] = [kind, found[kind]]
+            saver.save_best()
+
+    def scores(self):
+        if self.real is None:
+            self.extractor = evaluate.find_extractor(self.state.device)
+            self.real = evaluate.some(self.image_set, self.c.EVALUATE_COUNT)
+            self.features = self.extractor and self.extractor(self.real)
+        made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, self.c.EVALUATE_COUNT, self.c.SEED)
+        return evaluate.scores(made, self.real, self.extractor, self.features)
 
 
 class Lost(Exception):
@@ -209,6 +277,7 @@ def train(state, c, image_set, folder):
 
     with StopSignal() as stop:
         log, saver = Log(folder, c, counters["step"]), Saver(state, c, folder)
+        evaluation = Evaluation(state, c, image_set)
         if counters["step"] == 0:
             show_samples()
             saver.save()                         # a rollback needs one to go back to
@@ -223,10 +292,13 @@ def train(state, c, image_set, folder):
                 continue
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
                 show_samples()
+            evaluation.step(log, saver)
             saver.step()
         log.close()
-        file = saver.save()
         # Whoever sent a signal waits for the end.
+        axes = {} if stop.number else {"axes": latent_space.principal_axes(
+            latent_space.encode_some(state.ema.vae, image_set))}
+        file = saver.save(**axes)
         if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
             show_samples()
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}, pictures in {folder / 'samples'}")

@@ -8,15 +8,19 @@ import copy
 import ctypes
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 import data
+import latent_space
 import losses
 import model_definitions
 import random_keys
 
 FUSED_ADAM = ("cpu", "cuda")   # where fused Adam is known to take a verdict on the device
+WALK_POINTS = 3                # pictures of the walk behind a feedback update's window, each in several of its frames
+WALK_LENGTH = 0.5              # the walk's longest way, as a share of the arc to another point
 
 
 # ------------------------------------------------------------------------------------- state
@@ -33,7 +37,7 @@ class State:
     functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
     skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
-                                                    "skipped_updates": 0, "skipped_in_a_row": 0})
+                                                    "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
 
@@ -127,6 +131,15 @@ def real_batch(state, c, image_set, update):
     return data.to_image(to_device(data.read_batch(image_set, indices, flips), state.device))
 
 
+class Walk(NamedTuple):
+    """Where a picture of a feedback update comes from, in latent space."""
+    origin: torch.Tensor                            # (B, LATENT_DIM) from N(0, I)
+    share: torch.Tensor                             # (B, 1) in [0, 1): how much of WALK_LENGTH it came along
+
+    def part(self, part):
+        return Walk(*(tensor[part] for tensor in self))
+
+
 @dataclass
 class Batch:
     """The real images of one critic update, and all that is drawn for it; the generator's update takes the last one."""
@@ -136,18 +149,23 @@ class Batch:
     posterior_noise: torch.Tensor                   # (B, LATENT_DIM) from N(0, I), for the reconstructions
     between: torch.Tensor                           # (B,) in [0, 1), for the penalty
     changes: model_definitions.Changes              # of the synthetic video's frames, one for the whole batch
+    walk: Walk | None = None                        # of a feedback update: see earlier_pictures
 
 
 def make_batch(state, c, image_set, update):
     def draw(function, purpose, *shape):
         return to_device(function(shape, generator=state.draw(c, purpose, update)), state.device)
 
-    changes = state.generator.layer.video.draw(state.draw(c, "video", update))
+    changes, walk = state.generator.layer.video.draw(state.draw(c, "video", update)), None
+    chance = state.draw(c, "feedback", update)
+    if torch.rand((), generator=chance) < c.FEEDBACK_PROB:
+        walk = Walk(*(to_device(tensor, state.device) for tensor in (
+            torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=chance), torch.rand(c.BATCH_SIZE, 1, generator=chance))))
     return Batch(update, real_batch(state, c, image_set, update),
                  draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.rand, "between", c.BATCH_SIZE),
-                 model_definitions.Changes(*(to_device(tensor, state.device) for tensor in changes)))
+                 model_definitions.Changes(*(to_device(tensor, state.device) for tensor in changes)), walk)
 
 
 def micro_batches(c):
@@ -162,20 +180,42 @@ def mixed_precision(state, c):
     return torch.autocast(state.device.type, torch.bfloat16, enabled=enabled)
 
 
-def generator_pass(generator, real, z, posterior_noise, changes):
+@torch.no_grad()
+def earlier_pictures(generator, z, changes, walk):
+    """The window of a feedback update: the T-1 pictures of a walk that has come to z (B, LATENT_DIM), newest first,
+    (B, (T-1)*C, H, W) in [0, 1]. No gradient goes through them.
+
+    Made at WALK_POINTS places of the walk, each seen in several frames, with alphas from synthetic copies: a walk
+    frame by frame would cost several steps.
+    """
+    frames = generator.layer.video.num_frames - 1
+    ways = [WALK_LENGTH * walk.share * i / WALK_POINTS for i in range(1, WALK_POINTS + 1)]
+    points = [generator.image_and_alpha(latent_space.spherical(z, walk.origin, way), changes=changes)[0]
+              for way in ways]
+    return torch.cat([(1 + points[i * WALK_POINTS // frames]) / 2 for i in range(frames)], dim=1)
+
+
+def make_images(generator, z, changes, walk):
+    """The image and alpha of z: its video holds modified copies, or, with a walk, the pictures before."""
+    video = None if walk is None else earlier_pictures(generator, z, changes, walk)
+    return generator.image_and_alpha(z, video, changes)
+
+
+def generator_pass(generator, real, z, posterior_noise, changes, walk=None):
     """Pictures from z and reconstructions of real in one pass through decoder and layer.
 
     -> image (2B, C, H, W), the fakes and then the reconstructions, its alpha, and mu, logvar (B, LATENT_DIM)."""
     mu, logvar = generator.vae.encode(real)
-    image, alpha = generator.image_and_alpha(
-        torch.cat([z, generator.vae.reparameterize(mu, logvar, posterior_noise)]), changes=changes)
+    walk = None if walk is None else Walk(*(torch.cat([tensor, tensor]) for tensor in walk))
+    image, alpha = make_images(generator, torch.cat([z, generator.vae.reparameterize(mu, logvar, posterior_noise)]),
+                               changes, walk)
     return image, alpha, mu, logvar
 
 
 def make_pictures(state, batch, part):
     """generator_pass over a part of the batch."""
-    return state.functions.generator_pass(state.generator, batch.real[part], batch.z[part],
-                                          batch.posterior_noise[part], batch.changes)
+    return state.functions.generator_pass(state.generator, batch.real[part], batch.z[part], batch.posterior_noise[part],
+                                          batch.changes, batch.walk and batch.walk.part(part))
 
 
 def generator_loss(critic, real, image, mu, logvar, lambda_rec, lambda_kl):
@@ -223,7 +263,8 @@ def critic_step(state, c, batch, shared=None):
                 fake = shared[0].detach().chunk(2)[0]
             else:
                 with torch.no_grad():
-                    fake, _ = state.generator.image_and_alpha(batch.z[part], changes=batch.changes)
+                    fake, _ = make_images(state.generator, batch.z[part], batch.changes,
+                                          batch.walk and batch.walk.part(part))
             loss, gap = state.functions.critic_scores(state.critic, batch.real[part], fake, c.LAMBDA_DRIFT)
         (loss / len(parts)).backward()
         values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})

@@ -106,7 +106,7 @@ def measure(folder, c, extractor, arguments, done):
                 writer.writerow(row)
         if len(shown) == 3:
             sheets = [pictures.grid(part.permute(0, 2, 3, 1).numpy()) for part in shown]
-            pictures.save_png(arguments.out / f"{name}_seed{seed}.png", pictures.beside(*sheets))
+            pictures.save_picture(arguments.out / f"{name}_seed{seed}.png", pictures.beside(*sheets))
 
 
 def read_results(file):

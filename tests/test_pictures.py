@@ -1,4 +1,5 @@
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_colour_bar_writes_its_ends_and_its_middle():
 @pytest.mark.parametrize("shape", [(9, 7, 3), (9, 7), (9, 7, 1)])
 def test_png_gives_back_what_was_written(tmp_path, shape):
     picture = noise(*shape)
-    pictures.save_png(tmp_path / "new folder" / "a.png", picture)
+    pictures.save_picture(tmp_path / "new folder" / "a.png", picture)
     with Image.open(tmp_path / "new folder" / "a.png") as image:
         assert (np.asarray(image) == picture.reshape(np.asarray(image).shape)).all()
     assert os.listdir(tmp_path / "new folder") == ["a.png"]
@@ -176,26 +177,26 @@ def test_png_gives_back_what_was_written(tmp_path, shape):
 @pytest.mark.parametrize("picture", [noise(4, 4, 3) / 255.0, noise(4, 4, 2), noise(4)])
 def test_png_refuses_what_is_no_picture(tmp_path, picture):
     with pytest.raises(ValueError, match=r"a\.png"):
-        pictures.save_png(tmp_path / "a.png", picture)
+        pictures.save_picture(tmp_path / "a.png", picture)
     assert not os.listdir(tmp_path)
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    pictures.save_png(tmp_path / "a.png", noise(4, 4, 3))
+    pictures.save_picture(tmp_path / "a.png", noise(4, 4, 3))
     before = (tmp_path / "a.png").read_bytes()
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        pictures.save_png(tmp_path / "a.png", noise(4, 4, 3, seed=1))
+        pictures.save_picture(tmp_path / "a.png", noise(4, 4, 3, seed=1))
     assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_png_in_a_folder_that_is_a_file_says_its_name(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match="taken"):
-        pictures.save_png(tmp_path / "taken" / "a.png", noise(4, 4, 3))
+        pictures.save_picture(tmp_path / "taken" / "a.png", noise(4, 4, 3))
 
 
 @pytest.mark.parametrize("suffix, tolerance", [(".gif", 2), (".webp", 4), (".GIF", 2)])
@@ -292,3 +293,69 @@ def test_animation_takes_frames_one_at_a_time(tmp_path):
 
     pictures.save_animation(tmp_path / "a.gif", frames(), fps=10)
     assert most <= 4
+
+
+# ------------------------------------------------------------------------------------- videos
+
+def ramp(level, height=48, width=64):
+    """A picture without sharp edges, of strong colours."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 / width, y * 255 / height, np.full_like(x, level)], axis=2).round().astype(np.uint8)
+
+
+def test_an_mp4_keeps_frames_colours_speed_and_an_odd_size(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [ramp(level, 47, 63) for level in range(0, 250, 10)]
+    pictures.save_video(tmp_path / "a.mp4", frames, fps=12.5)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].average_rate == 12.5
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(decoded) == 25 and decoded[0].shape == (48, 64, 3)
+    for frame, made in zip(frames, decoded):
+        assert np.abs(frame.astype(int) - made[:47, :63]).mean() < 3
+
+
+def test_an_mp4_takes_its_frames_one_at_a_time(tmp_path):
+    pytest.importorskip("av")
+    alive = weakref.WeakSet()
+
+    def frames():
+        for level in range(100):
+            frame = ramp(level).view(Frame)
+            alive.add(frame)
+            assert len(alive) < 5
+            yield frame
+    pictures.save_video(tmp_path / "a.mp4", frames(), fps=20)
+
+
+class Frame(np.ndarray):
+    """An array that weak references can point to and that hashes by identity."""
+    __hash__ = object.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+def test_a_folder_of_frames_is_whole_or_not_there(tmp_path):
+    pictures.save_video(tmp_path / "v", [ramp(0), ramp(9)], fps=20)
+    assert sorted(f.name for f in (tmp_path / "v").iterdir()) == ["00000.png", "00001.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "v" / "00001.png")), ramp(9))
+    for name in ("w", "w.mp4", "w.gif"):
+        with pytest.raises(ValueError, match="frame 1"):
+            pictures.save_video(tmp_path / name, [ramp(0), ramp(9, 32)], fps=20)
+    assert [f.name for f in tmp_path.iterdir()] == ["v"]
+
+
+@pytest.mark.parametrize("name, words", [("a.avi", "no kind of video"), ("there", "exists already")])
+def test_a_video_that_can_not_be_is_refused_in_words(tmp_path, name, words):
+    (tmp_path / "there").mkdir()
+    assert words in pictures.missing_for(tmp_path / name)
+    with pytest.raises(ValueError, match=words):
+        pictures.save_video(tmp_path / name, [ramp(0)], fps=20)
+
+
+def test_a_webp_picture_is_near_and_another_suffix_is_refused(tmp_path):
+    pictures.save_picture(tmp_path / "a.webp", ramp(100))
+    assert np.abs(np.asarray(Image.open(tmp_path / "a.webp")).astype(int) - ramp(100)).mean() < 3
+    with pytest.raises(ValueError, match=r"\.png or \.webp"):
+        pictures.save_picture(tmp_path / "a.bmp", ramp(100))

@@ -83,7 +83,8 @@ def test_going_on_from_any_step_is_exact(whole, tmp_path, step):
 
 
 @pytest.mark.parametrize("flags", [("--flip", "--micro-batch", "2"), ("--n-critic", "2", "--gp-every", "3"),
-                                   ("--batch-size", "5"), ("--recompute-activations",)])
+                                   ("--batch-size", "5"), ("--recompute-activations",),
+                                   ("--feedback-prob", "0.5", "--evaluate-every", "2", "--evaluate-count", "8")])
 def test_going_on_is_exact_with(whole, tmp_path, flags):
     images, expected = whole(*flags)
     assert train(tmp_path, images, "--steps", "4", *flags) == 0

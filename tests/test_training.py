@@ -469,6 +469,118 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     assert given_back >= 32 > 10 * kept             # 32 where the system hands out huge pages
 
 
+# ------------------------------------------------------------------------------------- feedback updates
+
+def test_the_window_of_a_feedback_update_is_a_walk_that_comes_to_its_picture(small_state):
+    state, c, images = small_state
+    c.FEEDBACK_PROB = 1.0
+    batch = training_step.make_batch(state, c, images, 0)
+    window = training_step.earlier_pictures(state.generator, batch.z, batch.changes, batch.walk)
+    assert window.shape == (c.BATCH_SIZE, (c.NUM_FRAMES - 1) * c.CHANNELS, 32, 32) and not window.requires_grad
+    assert window.min() >= 0 and window.max() <= 1
+    with torch.no_grad():
+        now = (1 + state.generator.image_and_alpha(batch.z, changes=batch.changes)[0]) / 2
+    distance = [(frame - now).abs().mean().item() for frame in window.chunk(c.NUM_FRAMES - 1, dim=1)]
+    assert distance == sorted(distance) and 0 < distance[0] < 0.7 * distance[-1]
+    still = batch.walk._replace(share=torch.zeros_like(batch.walk.share))
+    window = training_step.earlier_pictures(state.generator, batch.z, batch.changes, still)
+    torch.testing.assert_close(window, now.repeat(1, c.NUM_FRAMES - 1, 1, 1))
+
+
+def test_feedback_updates_come_with_their_probability_and_change_what_is_learned(small_state):
+    state, c, images = small_state
+    c.FEEDBACK_PROB = 0.3
+    chosen = 0
+    for step in range(200):
+        state.counters["step"] = step
+        chosen += training_step.make_batch(state, c, images, 0).walk is not None
+    assert 40 <= chosen <= 80                                      # 60, with a standard deviation of 6.5
+    state.generator.layer.to_s.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    state.counters["step"], made = 0, []
+    for c.FEEDBACK_PROB in (0.0, 1.0):
+        batch = training_step.make_batch(state, c, images, 0)
+        made.append(training_step.make_pictures(state, batch, slice(0, c.BATCH_SIZE)))
+    assert torch.equal(made[0][2], made[1][2]) and not torch.allclose(made[0][1], made[1][1], atol=1e-3)
+
+
+@pytest.mark.parametrize("n_critic", ["1", "2"])
+def test_feedback_updates_in_micro_batches_have_the_same_gradients(photos, tmp_path, monkeypatch, n_critic):
+    flags = "--feedback-prob", "1", "--n-critic", n_critic
+    whole, _ = gradients_of_a_step(photos, tmp_path, monkeypatch, *flags)
+    parts, _ = gradients_of_a_step(photos, tmp_path, monkeypatch, *flags, "--micro-batch", "2")
+    assert_same_gradients(whole, parts)
+
+
+# ------------------------------------------------------------------------------------- weights of another run, best.pt
+
+def test_a_new_run_starts_from_the_weights_of_another(run, tmp_path, capsys):
+    assert run("--steps", "3") == 0
+    first = checkpoints.find(tmp_path / "runs" / "photos")[1]
+    for source in (tmp_path / "runs" / "photos", tmp_path / "runs" / "photos" / "checkpoints" / "step_00000003.pt"):
+        name = f"from_{source.name}"[:12]
+        assert run("--steps", "1", "--init-from", str(source), "--run", name, "--learning-rate", "1e-12",
+                   "--critic-learning-rate", "1e-12") == 0
+        assert "starting from" in capsys.readouterr().out
+        second = checkpoints.find(tmp_path / "runs" / name)[1]
+        for part, origin in (("ema", "ema"), ("generator", "ema"), ("critic", "critic")):
+            for key, weights in first[origin].items():
+                torch.testing.assert_close(second[part][key], weights, atol=1e-8, rtol=0, msg=f"{part} {key}")
+        assert second["counters"]["step"] == 1
+    assert run("--steps", "2", "--run", name) == 0              # goes on, without the flag
+    assert "INIT_FROM" not in capsys.readouterr().out.split("continuing")[0]
+
+
+def test_a_start_from_a_file_without_critic_says_so(run, tmp_path, capsys):
+    assert run("--steps", "1") == 0
+    saved = checkpoints.find(tmp_path / "runs" / "photos")[1]
+    checkpoints.save_as(tmp_path / "weights.pt", {name: saved[name] for name in ("ema", "constants", "counters")})
+    assert run("--steps", "1", "--run", "second", "--init-from", str(tmp_path / "weights.pt")) == 0
+    assert "with a new critic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, words", [(["--width", "12"], "give --width 8"),
+                                          (["--init-from", "nowhere"], "nowhere"),
+                                          (["--latent-dim", "8", "--patch", "16"], "give --latent-dim 16 --patch 8")])
+def test_a_start_from_what_does_not_fit_is_one_line(run, tmp_path, capsys, flags, words):
+    assert run("--steps", "1") == 0
+    capsys.readouterr()
+    assert run("--steps", "1", "--run", "second", "--init-from", str(tmp_path / "runs" / "photos"), *flags) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and words in text
+
+
+def test_the_best_score_makes_best_pt_and_a_worse_one_does_not(run, tmp_path, monkeypatch, capsys):
+    scores = iter([3.0, 2.0, 5.0])
+    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(training.evaluate, "scores", lambda *_: {"sliced_wasserstein": next(scores)})
+    assert run("--steps", "4", "--evaluate-every", "2", "--evaluate-count", "4") == 0
+    assert run("--steps", "6", "--evaluate-every", "2", "--evaluate-count", "4") == 0
+    best = checkpoints.load(tmp_path / "runs" / "photos" / "checkpoints" / "best.pt")
+    assert best["counters"]["step"] == 4 and best["counters"]["best"] == ["sliced_wasserstein", 2.0]
+    found = [(line["step"], line["evaluate_sliced_wasserstein"]) for line in lines(tmp_path)
+             if "evaluate_sliced_wasserstein" in line]
+    assert found == [(2, 3.0), (4, 2.0), (6, 5.0)]
+    assert capsys.readouterr().out.count("best so far") == 2
+
+
+def test_the_score_is_of_the_averaged_generator_from_the_same_noise(run, tmp_path, monkeypatch):
+    calls = []
+    real_generate = training.evaluate.generate
+    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(training.evaluate, "generate",
+                        lambda *args: calls.append((args, real_generate(*args))) or calls[-1][1])
+    assert run("--steps", "4", "--evaluate-every", "2", "--evaluate-count", "6") == 0
+    assert [args[1:] for args, _ in calls] == [(16, 6, 0)] * 2
+    assert not any(p.requires_grad for p in calls[0][0][0].parameters())           # the averaged one
+    assert len(calls[0][1]) == 6 and not torch.equal(calls[0][1], calls[1][1])
+
+
+def test_a_run_that_ends_by_itself_leaves_its_principal_axes(run, tmp_path):
+    assert run("--steps", "1") == 0
+    axes = checkpoints.find(tmp_path / "runs" / "photos")[1]["axes"]
+    assert axes["axes"].shape == (12, 16) and axes["deviations"][0] > axes["deviations"][-2] > 0
+
+
 # ------------------------------------------------------------------------------------- small parts
 
 def test_samples_come_early_and_then_at_their_distance():
