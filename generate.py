@@ -22,7 +22,10 @@ the same, at any batch size. Several of these may be asked for at once. Bad inpu
 """
 
 import argparse
+import collections
+import concurrent.futures
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +45,8 @@ from command_line import InputError
 from data import DataError
 
 GRID_LIMIT = 256                                  # pictures on grid.png at most; the single files hold them all
-STRENGTHS = (-3, -2, -1, 0, 1, 2, 3)              # of a principal axis, in standard deviations of the encoded pictures
+WAITING_LIMIT = 64                                # pictures that wait to be written at most
+STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)           # of a principal axis, in standard deviations of the encoded pictures
 EDITS = (-1, -0.5, 0, 0.5, 1, 1.5)                # of a direction between folders: 1 is from A's mean to B's
 INTERPOLATED = 9                                  # pictures from one photo to the other, both included
 MODES = ("walk", "keyframes", "feedback", "synthetic", "progress")
@@ -138,13 +142,20 @@ def bar(iterable, total, unit):
 # ------------------------------------------------------------------------------------- pictures
 
 def write_images(generator, c, arguments):
-    """--images N: single files and a grid."""
+    """--images N: single files and a grid. Files are compressed and written beside the model, on other cores."""
     z = latent_space.draw_z(arguments.seed, 0, arguments.images, c.LATENT_DIM)
-    shown = []
-    for i, picture in enumerate(bar(render(generator, z), len(z), "image")):
-        pictures.save_picture(arguments.out / f"{i:05d}.{arguments.format}", picture)
-        if i < GRID_LIMIT:
-            shown.append(picture)
+    shown, waiting, started = [], collections.deque(), time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for i, picture in enumerate(bar(render(generator, z), len(z), "image")):
+            file = arguments.out / f"{i:05d}.{arguments.format}"
+            waiting.append(pool.submit(pictures.save_picture, file, picture))
+            if len(waiting) > WAITING_LIMIT:
+                waiting.popleft().result()
+            if i < GRID_LIMIT:
+                shown.append(picture)
+        for saved in waiting:
+            saved.result()
+    print(f"{len(z)} pictures, {len(z) / (time.monotonic() - started):.1f} a second")
     return save_sheet(arguments, "grid", pictures.grid(shown))
 
 
