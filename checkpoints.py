@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import torch
 FORMAT = 2       # raised when a field changes its meaning, or the networks their shape
 KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
 UNSOUND = "_unsound"
+STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")     # a user's step_backup.pt is none, and is left alone
+REQUIRED = {"format", "constants", "counters", "ema"}        # what weights for sharing hold too
 
 
 class CheckpointError(Exception):
@@ -82,7 +85,7 @@ def drop_unsound(folder):
 
 def step_files(folder, sound=None):
     """The step files of a checkpoint folder, oldest first; sound True or False: only those of that kind."""
-    files = sorted(Path(folder).glob("step_*.pt"))
+    files = sorted(file for file in Path(folder).glob("step_*.pt") if STEP_FILE.fullmatch(file.name))
     return files if sound is None else [file for file in files if file.stem.endswith(UNSOUND) != sound]
 
 
@@ -130,11 +133,13 @@ def load(file, device="cpu"):
         raise CheckpointError(f"{file}: no readable checkpoint ({type(error).__name__})") from None
     if damaged:
         raise CheckpointError(f"{file}: damaged (the check sum of {damaged!a} is wrong)")
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{file}: no checkpoint of this project")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{file}: format {state['format']}, this program reads {FORMAT}: use the version that "
                               "wrote it")
+    if REQUIRED - state.keys() or not isinstance(state["constants"], dict):
+        raise CheckpointError(f"{file}: no checkpoint of this project")
     return state
 
 
@@ -152,10 +157,11 @@ def newest(folder, device="cpu", warn=print, set_aside=False, sound=None):
             state = load(file, device)
         except CheckpointError as error:
             damaged.append(file)
-            warn(f"{error}; trying the one before")
+            warn(f"{error}; trying the one before" if file != files[0] else str(error))
             continue
         for bad in damaged if set_aside else []:
             bad.rename(bad.with_name(bad.name + ".damaged"))
+            warn(f"{bad.name} is now {bad.name}.damaged")
         return file, state
     if files:
         raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints can be read; nothing was changed, "

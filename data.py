@@ -49,6 +49,7 @@ PIXEL_LIMIT = 178_000_000    # larger pictures are refused undecoded (Pillow's o
 CACHE_FORMAT = 1             # raise it when the cache's layout or the decoding changes: all is then read anew
 CHUNK = 16                   # files a scan process takes at once
 POOL_FROM = 100              # with fewer files than this, starting processes costs more than it saves
+HASH = re.compile("[0-9a-f]{32}")    # of an image's pixels
 SAVE_SECONDS = 2             # a killed scan loses at most this much work
 
 ORIENTATION = {    # EXIF orientation to the transposition that makes the picture upright
@@ -305,6 +306,11 @@ class Cache:
             path, *fields = json.loads(line)
             self.records[path] = Record(*fields)
         slots = [record.slot for record in self.records.values() if record.slot is not None]
+        for record in self.records.values():
+            if record.slot is not None and (type(record.slot) is not int or not HASH.fullmatch(record.note)):
+                raise ValueError("a line that no scan writes")
+        if len(set(slots)) < len(slots):
+            raise ValueError("two images in one place")
         self.slots = max(slots, default=-1) + 1
         if os.path.getsize(self.pixel_file) < self.slots * self.image_bytes or min(slots, default=0) < 0:
             raise ValueError("pixels are missing")

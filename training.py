@@ -8,6 +8,7 @@ Every constant of config.py is a flag; --help lists them.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -76,11 +77,11 @@ def load_data(c):
 def check_continuing(c, given, saved):
     """Refuses to go on with other sizes or another folder; says what else has changed."""
     for name in SIZES:
-        if saved[name] != getattr(c, name):
-            raise InputError(f"run {c.RUN} was made with {name} {saved[name]}, not {getattr(c, name)}: give "
-                             f"{command_line.as_given(name, saved[name])}, or --run NEWNAME for a new run")
-    if "RUN" not in given and saved["DATA"] != c.DATA:
-        raise InputError(f"run {c.RUN} was made from {saved['DATA'] or 'the demo set'}, not "
+        if saved.get(name) != getattr(c, name):
+            raise InputError(f"run {c.RUN} was made with {name} {saved.get(name)}, not {getattr(c, name)}: give "
+                             f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
+    if "RUN" not in given and saved.get("DATA") != c.DATA:
+        raise InputError(f"run {c.RUN} was made from {saved.get('DATA') or 'the demo set'}, not "
                          f"{c.DATA or 'the demo set'}: give --run NEWNAME")
     for name, old in saved.items():
         new = getattr(c, name, None)
@@ -99,8 +100,14 @@ def continue_or_start(c, given, device):
     file, saved = found
     check_continuing(c, given, saved["constants"])
     load_state(state, file, saved)
+    counters, before = state.counters, saved["constants"]
+    print(f"continuing {folder} at step {counters['step']} from {file.name}")
+    if counters["lr_scale"] != 1:
+        if any(before.get(name) != getattr(c, name) for name in ("LEARNING_RATE", "CRITIC_LEARNING_RATE")):
+            counters["lr_scale"] = 1.0           # whoever gives new rates means them as they are
+        print(f"after {counters['rollbacks']} rollbacks (of {c.MAX_ROLLBACKS}) the learning rates are "
+              f"{counters['lr_scale']:g} of LEARNING_RATE and CRITIC_LEARNING_RATE")
     state.set_learning_rates(c)
-    print(f"continuing {folder} at step {state.counters['step']} from {file.name}")
     return state
 
 
@@ -132,24 +139,36 @@ def load_state(state, file, saved):
 
 
 class StopSignal:
-    """SIGINT or SIGTERM sets `number`; the loop ends after its step. A second one ends the process at once."""
+    """SIGINT, SIGTERM or SIGHUP (a closed terminal) sets `number`; the loop ends after its step. A second one ends the
+    process at once."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
     def __init__(self):
         self.number, self.before = None, {}
 
     def __enter__(self):
+        there = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]        # Windows has no SIGHUP
         with contextlib.suppress(ValueError):              # raised off the main thread, where signals are not ours
-            self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {s: signal.signal(s, self.receive) for s in there
+                           if signal.getsignal(s) != signal.SIG_IGN}                            # nohup ignores SIGHUP
         return self
 
     def receive(self, number, _frame):
-        os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")   # print may be busy
         self.number = number
+        with contextlib.suppress(OSError):                 # the terminal may be gone; print may be busy
+            os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")
         signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def mend(error):
+    """What a user can do about an OSError of writing."""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    return "make room on the disk" if full else "see to the permissions"
 
 
 class Saver:
@@ -160,9 +179,10 @@ class Saver:
     """
 
     RETRY_SECONDS = 60
+    PATIENCE_SECONDS = 600                       # at the end of a run, when the disk does not take its last checkpoint
 
     def __init__(self, state, c, folder):
-        self.state, self.c, self.folder = state, c, folder / "checkpoints"
+        self.state, self.c, self.folder, self.saved_step = state, c, folder / "checkpoints", state.counters["step"]
         self.wait(60 * c.CHECKPOINT_MINUTES)
 
     def wait(self, seconds):
@@ -184,11 +204,28 @@ class Saver:
             file = checkpoints.save(self.folder, {**self.contents(), **more}, counters["step"],
                                     sound=not counters["skipped_in_a_row"])
         except OSError as error:
+            if counters["step"] == 0:
+                raise InputError(f"{self.folder}: no checkpoint can be written there ({error.strerror}): "
+                                 f"{mend(error)}, or give another --runs-dir") from None
             say(f"step {counters['step']}: the checkpoint can't be written ({error.strerror}); the ones before "
-                f"stay, and it is tried again: make room on the disk of {self.folder}")
+                f"stay, and it is tried again: {mend(error)} of {self.folder}")
             self.wait(self.RETRY_SECONDS)
             return None
         self.wait(60 * self.c.CHECKPOINT_MINUTES)
+        self.saved_step = counters["step"]
+        return file
+
+    def save_last(self, stop, **more):
+        """save, again and again for PATIENCE_SECONDS where the disk will not take it, or until a signal: what was
+        trained since the checkpoint before would be lost. Returns the file or None."""
+        end = time.monotonic() + (0 if stop.number else self.PATIENCE_SECONDS)
+        while (file := self.save(**more)) is None and time.monotonic() < end and stop.number is None:
+            say(f"waiting up to {self.PATIENCE_SECONDS / 60:.0f} minutes for it; Ctrl-C gives up")
+            for _ in range(self.RETRY_SECONDS):
+                if stop.number is None:
+                    time.sleep(1)
+        if file is None:
+            say(f"the steps after {self.saved_step} are lost, up to {self.state.counters['step']}")
         return file
 
 
@@ -250,10 +287,12 @@ def roll_back(state, c, saver, log):
     lost, rollbacks = counters["step"], counters["rollbacks"]
     found = checkpoints.newest(saver.folder, state.device, sound=True)
     if rollbacks >= c.MAX_ROLLBACKS or found is None:
-        last = f"{found[0]} is the last good checkpoint" if found else "there is no good checkpoint to go back to"
+        where = (f"{found[0]} is the last good checkpoint. The same command goes on from it with" if found
+                 else "there is no good checkpoint to go back to. Start a new --run with")
+        rates = [counters["lr_scale"] * rate / 2 for rate in (c.LEARNING_RATE, c.CRITIC_LEARNING_RATE)]
         raise Lost(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
-                   f"{rollbacks} rollbacks: {last}. Give half the --learning-rate and --critic-learning-rate and "
-                   "another --run, or look at the values in metrics.jsonl")
+                   f"{rollbacks} rollbacks: {where} --learning-rate {rates[0]:.3g} --critic-learning-rate "
+                   f"{rates[1]:.3g} --max-rollbacks {rollbacks + 3}; the values are in metrics.jsonl")
     file, saved = found
     load_state(state, file, saved)
     counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
@@ -298,7 +337,7 @@ def train(state, c, image_set, folder):
         # Whoever sent a signal waits for the end.
         axes = {} if stop.number else {"axes": latent_space.principal_axes(
             latent_space.encode_some(state.ema.vae, image_set))}
-        file = saver.save(**axes)
+        file = saver.save_last(stop, **axes)
         if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
             show_samples()
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}, pictures in {folder / 'samples'}")
@@ -319,25 +358,34 @@ def start(argv):
             held.enter_context(checkpoints.lock(folder))
         except OSError as error:
             raise InputError(f"{folder}: can't be written ({error.strerror}); give another --runs-dir") from None
-        state = continue_or_start(c, given, device)
-        image_set = load_data(c)
-        describe_run(c, image_set, folder)
-        print_start(c, state, image_set)
-        if state.counters["step"] >= c.STEPS:
-            print(f"run {c.RUN} has its {c.STEPS} steps: give a higher --steps to go on")
-            return 0
         try:
-            return train(state, c, image_set, folder)
-        except RuntimeError as error:
+            return train_in(folder, c, given, device)
+        except (RuntimeError, MemoryError) as error:
             if (line := memory_line(error, c)) is None:
                 raise
             print(f"training.py: {line}", file=sys.stderr)
             return 1
 
 
+def train_in(folder, c, given, device):
+    """Trains in a run's folder, which this process holds. Returns the exit status."""
+    state = continue_or_start(c, given, device)
+    image_set = load_data(c)
+    try:
+        describe_run(c, image_set, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be written ({error.strerror}): {mend(error)}, or give another "
+                         "--runs-dir") from None
+    print_start(c, state, image_set)
+    if state.counters["step"] >= c.STEPS:
+        print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher --steps to go on")
+        return 0
+    return train(state, c, image_set, folder)
+
+
 def memory_line(error, c):
     """What to do about an allocation that failed, or None where the error is another."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):       # CUDA, CPU
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
         return None
     peak = f"; {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB were in use" if torch.cuda.is_available() else ""
     size = c.MICRO_BATCH or c.BATCH_SIZE
@@ -347,7 +395,8 @@ def memory_line(error, c):
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad input (one line says what), 130 and 143 after SIGINT and SIGTERM."""
+    """Exit status: 0 done, 2 bad input (one line says what), 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM, 1 for
+    the rest: lost to NaN, out of memory, a disk that stays full."""
     try:
         return start(argv)
     except (InputError, DataError, CheckpointError) as error:

@@ -46,15 +46,18 @@ def start(images, runs, steps, out):
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
 
 
-def wait_for_moment(process, out, rng):
-    """Until a random moment: one in four before training begins, the others up to 3 s after that."""
-    if rng.random() < 0.25:
-        limit, begun = time.monotonic() + rng.uniform(0, 8), lambda: False
-    else:
-        limit, begun = time.monotonic() + 600, lambda: "images to train on" in out.read_text()
+def wait_for_moment(process, out, folder, rng):
+    """Until a random moment: one in four before training begins, the others up to 3 s after the first step of this
+    start is in the log."""
+    def first_step_done():
+        went_on = re.search(r"continuing .* at step (\d+)", out.read_text())
+        return "images to train on" in out.read_text() and last_logged(folder) > (int(went_on[1]) if went_on else 0)
+
+    early = rng.random() < 0.25
+    limit, begun = time.monotonic() + (rng.uniform(0, 8) if early else 600), early
     while process.poll() is None and time.monotonic() < limit:
-        if begun():
-            limit, begun = time.monotonic() + rng.uniform(0, 3), lambda: False
+        if not begun and first_step_done():
+            limit, begun = time.monotonic() + rng.uniform(0, 3), True
         time.sleep(0.005)
 
 
@@ -93,7 +96,7 @@ def soak(images, runs, steps, kills, rng):
         process = start(images, runs, steps, out)
         number = rng.choice((signal.SIGTERM, signal.SIGKILL)) if len(rows) < kills else None
         if number is not None:
-            wait_for_moment(process, out, rng)
+            wait_for_moment(process, out, folder, rng)
             process.send_signal(number)
         process.wait()
         text = out.read_text()
@@ -103,7 +106,7 @@ def soak(images, runs, steps, kills, rng):
             waiting[2], waiting = max(0, waiting[3] - int(found[1])), None
         if number is None or process.returncode == 0:
             return rows, process.returncode
-        rows.append([number.name, process.returncode, None, last_logged(folder)])
+        rows.append([number.name, process.returncode, None, last_logged(folder)])       # steps lost, known later; step
         waiting = waiting or rows[-1]            # a start that is killed before it goes on costs no steps itself
         print(f"\r{len(rows)} kills, step {rows[-1][3]} of {steps}", end="", file=sys.stderr, flush=True)
 
@@ -137,7 +140,9 @@ def main(argv=None):
         same = equal(end(Path(scratch) / "killed" / "soak"), end(Path(scratch) / "whole" / "soak"))
     print(file=sys.stderr)
     print("\n".join(table(rows)))
-    print(f"{len(rows)} kills in {arguments.steps} steps with a checkpoint each {CHECKPOINT_EVERY}: the end is "
+    at = [row[3] for row in rows]
+    print(f"{len(rows)} kills at {len(set(at))} steps from {min(at)} to {max(at)} of {arguments.steps}, with a "
+          f"checkpoint each {CHECKPOINT_EVERY}: the end is "
           + ("equal, tensor by tensor, to that of the run without a break, and so is its log" if same else "NOT equal"))
     return 0 if same else 1
 

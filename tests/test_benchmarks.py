@@ -89,3 +89,23 @@ def test_quality_trains_both_sides_scores_them_and_goes_on_from_its_results(imag
     status, again, error = run("quality.py", *flags)
     assert status == 0 and "seed 0:" not in again, error
     assert again.splitlines()[-5:] == out.splitlines()[-5:]
+
+
+def test_feedback_compares_three_windows_at_two_places(image_folder, tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(FOLDER))
+    import feedback
+
+    import training
+
+    monkeypatch.setattr(feedback, "PLACES", (12, 30))
+    monkeypatch.setattr(feedback, "REACH", 4)
+    assert training.main(["--data", str(image_folder(8)), "--runs-dir", str(tmp_path / "runs"), "--steps", "1",
+                          *SMALL]) == 0
+    capsys.readouterr()
+    assert feedback.main([str(tmp_path / "runs" / "photos")]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[1].strip(), row[2].strip(), row[3].strip()) for row in rows] == [
+        (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen")
+        for place in ("12", "30")]
+    assert all(float(row[5]) > 0 for row in rows)
+    assert feedback.main([str(tmp_path / "none")]) == 2

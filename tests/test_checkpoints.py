@@ -8,7 +8,7 @@ from checkpoints import CheckpointError
 
 
 def state(value=1.0):
-    return {"weights": {"w": torch.full((64, 64), value)}, "counters": {"step": 3}}
+    return {"weights": {"w": torch.full((64, 64), value)}, "counters": {"step": 3}, "constants": {}, "ema": {}}
 
 
 def flip_stored_byte(file):
@@ -40,6 +40,9 @@ def test_the_newest_two_are_kept_and_best_is_never_pruned(tmp_path):
     lambda file: torch.save([1, 2], file),
     lambda file: torch.save({"format": 999}, file),
     lambda file: torch.save({"format": 1, "code": print}, file),
+    lambda file: torch.save({"format": checkpoints.FORMAT, "counters": {}, "ema": {}}, file),
+    lambda file: torch.save({"format": checkpoints.FORMAT, "counters": {}, "ema": {}, "constants": 3}, file),
+    lambda file: torch.save({"format": "2"}, file),
 ])
 def test_a_damaged_file_is_named_and_the_older_one_used(tmp_path, damage):
     old = checkpoints.save(tmp_path, state(), 1)
@@ -85,3 +88,24 @@ def test_find_takes_a_run_a_checkpoint_folder_or_a_file(tmp_path):
     for path, words in ((tmp_path / "none", "no such run"), (tmp_path, "no checkpoint")):
         with pytest.raises(CheckpointError, match=words):
             checkpoints.find(path)
+
+
+def test_a_users_own_file_is_neither_used_nor_deleted(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, state(step), step)
+    for name in ("step_backup.pt", "step_00000009 (copy).pt", "best.pt"):
+        (tmp_path / name).write_bytes((tmp_path / "step_00000001.pt").read_bytes())
+    assert checkpoints.newest(tmp_path)[0].name == "step_00000002.pt"
+    for step in (3, 4):
+        checkpoints.save(tmp_path, state(step), step)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "best.pt", "step_00000003.pt", "step_00000004.pt", "step_00000009 (copy).pt", "step_backup.pt"]
+
+
+def test_what_is_set_aside_is_said(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, state(), step)
+    (tmp_path / "step_00000002.pt").write_bytes(b"junk")
+    said = []
+    checkpoints.newest(tmp_path, warn=said.append, set_aside=True)
+    assert len(said) == 2 and "step_00000002.pt is now step_00000002.pt.damaged" in said[1]

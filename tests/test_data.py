@@ -463,7 +463,8 @@ def test_a_scan_that_was_killed_goes_on_where_it_was(tmp_path, image_folder, dec
     assert images.paths == fresh.paths and np.array_equal(images.images, fresh.images)
 
 
-@pytest.mark.parametrize("damage", ["short pixels", "no pixels", "no json", "other json", "no header", "no text"])
+@pytest.mark.parametrize("damage", ["short pixels", "no pixels", "no json", "other json", "no header", "no text",
+                                    "no hash", "half a place", "one place twice"])
 def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, image_folder, decoded, damage, capsys):
     root = image_folder(4)
     first = np.array(load(root, tmp_path).images)
@@ -475,7 +476,11 @@ def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, image_folder, deco
     elif damage == "no pixels":
         (folder / "pixels-0.u8").unlink()
     else:
-        lines[2] = {"no json": "[[", "other json": '["0000.png", 3]'}.get(damage, lines[2])
+        path, size, time, _, note = json.loads(lines[2])
+        lines[2] = {"no json": "[[", "other json": '["0000.png", 3]',
+                    "no hash": json.dumps([path, size, time, 1, "zz"]),
+                    "half a place": json.dumps([path, size, time, 1.5, note]),
+                    "one place twice": json.dumps([path, size, time, 0, note])}.get(damage, lines[2])
         lines = lines[1:] if damage == "no header" else lines
         index.write_bytes(b"\xff\xfe\0\0" * 50 if damage == "no text" else "\n".join(lines).encode() + b"\n")
     decoded.clear()

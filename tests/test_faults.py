@@ -60,7 +60,7 @@ def wait_for_step(tmp_path, step, seconds=120):
 
 # ------------------------------------------------------------------------------------- signals and kills
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(process, run, tmp_path, number, status):
     trainer = process("--steps", "100000")
     wait_for_step(tmp_path, 4)
@@ -144,6 +144,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(run, tmp_path, ca
 
 def test_a_disk_that_stays_full_ends_with_status_1_and_the_old_checkpoint(run, tmp_path, capsys, monkeypatch):
     run("--steps", "2")
+    monkeypatch.setattr(training.Saver, "PATIENCE_SECONDS", 0)
     before = (checkpoint_folder(tmp_path) / "step_00000002.pt").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -151,9 +152,47 @@ def test_a_disk_that_stays_full_ends_with_status_1_and_the_old_checkpoint(run, t
         assert run("--steps", "4") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "checkpoint not written" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checkpoint not written" in out and "the steps after 2 are lost, up to 4" in out
     assert (checkpoint_folder(tmp_path) / "step_00000002.pt").read_bytes() == before
     assert run("--steps", "4") == 0
+
+
+def test_the_last_checkpoint_waits_for_room(run, tmp_path, capsys, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 90:                           # in the second round
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def step(state, c, images):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        return one_step(state, c, images)
+
+    one_step = training.training_step
+    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(training.time, "sleep", sleep)
+    try:
+        assert run("--steps", "2") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().out.count("Ctrl-C gives up") == 2 and sum(slept) == 120
+    assert checkpoints.newest(checkpoint_folder(tmp_path))[1]["counters"]["step"] == 2
+
+
+def test_a_run_whose_first_checkpoint_can_not_be_written_is_refused(run, tmp_path, capsys):
+    assert run("--steps", "1", "--run", "other") == 0                    # the images are decoded then
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert run("--steps", "100000") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no checkpoint can be written there (File too large): make room" in error
 
 
 def test_lines_of_the_log_that_a_full_disk_took_are_said_once_and_lost_alone(tmp_path, capsys):
@@ -201,12 +240,19 @@ def test_a_run_that_stays_lost_goes_back_max_rollbacks_times_over_all_starts(run
     captured = capsys.readouterr()
     assert captured.out.count("updates in a row were not finite; back to step 4") == 2
     assert captured.err.count("\n") == 1
-    for words in ("up to step 6 are not finite", "after 2 rollbacks", "step_00000004.pt is the last good checkpoint"):
+    for words in ("up to step 6 are not finite", "after 2 rollbacks", "step_00000004.pt is the last good checkpoint",
+                  "--learning-rate 0.000125 --critic-learning-rate 0.000125 --max-rollbacks 5"):
         assert words in captured.err
     _, saved = checkpoints.newest(checkpoint_folder(tmp_path))
     assert saved["counters"] | {"lr_scale": 0.25, "rollbacks": 2, "step": 4, "skipped_in_a_row": 0} == saved["counters"]
     assert run(*flags) == 1                            # another start has no rollbacks left
-    assert "back to step" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "back to step" not in out and "after 2 rollbacks (of 2) the learning rates are 0.25 of" in out
+    poison(monkeypatch, lambda step, rollbacks: False)
+    assert run("--steps", "5", "--learning-rate", "1e-4") == 0
+    assert "the learning rates are 1 of" in capsys.readouterr().out
+    saved = checkpoints.newest(checkpoint_folder(tmp_path))[1]
+    assert saved["generator_optimizer"]["param_groups"][0]["lr"] == 1e-4
 
 
 def test_a_rollback_takes_new_random_draws_and_cuts_the_log(run, tmp_path, monkeypatch):
@@ -291,11 +337,13 @@ def test_what_is_plainly_lost_is_said_once_with_what_to_try(tmp_path, capsys, ch
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you")])
-def test_too_little_memory_is_one_line_with_a_micro_batch(run, capsys, monkeypatch, error):
-    def step(state, c, images):
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    MemoryError()])
+@pytest.mark.parametrize("place", ["training_step", "new_state"])
+def test_too_little_memory_is_one_line_with_a_micro_batch(run, capsys, monkeypatch, error, place):
+    def fails(*_):
         raise error
-    monkeypatch.setattr(training, "training_step", step)
+    monkeypatch.setattr(training, place, fails)
     assert run("--steps", "1") == 1
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "out of memory" in text and "--micro-batch 2" in text

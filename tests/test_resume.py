@@ -29,7 +29,7 @@ def final(folder, images, steps=STEPS):
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in log:
         for name in WALL_CLOCK:
-            line.pop(name)
+            line.pop(name, None)           # a line of scores has none
     return checkpoints.load(run / "checkpoints" / f"step_{steps:08d}.pt"), log
 
 
