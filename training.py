@@ -9,6 +9,7 @@ Every constant of config.py is a flag; --help lists them.
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import data
 import demo_images
 import evaluate
 import latent_space
+import report
 from checkpoints import CheckpointError
 from command_line import InputError
 from data import DataError
@@ -308,17 +310,24 @@ def train(state, c, image_set, folder):
     """The loop: step, log, samples, checkpoint, until STEPS, MINUTES or a signal. Returns the exit status."""
     counters, started = state.counters, time.monotonic()
 
-    def show_samples():
+    def show(*writers):
         try:
-            write_samples(state, c, image_set, folder / "samples")
+            for write in writers:
+                write()
         except OSError as error:
-            say(f"step {counters['step']}: the samples can't be written ({error.strerror}); training goes on")
+            say(f"step {counters['step']}: samples and page can't be written ({error.strerror}); training goes on")
+
+    def samples():
+        write_samples(state, c, image_set, folder / "samples")
+
+    def page(live=True):
+        report.write(folder, live)
 
     with StopSignal() as stop:
         log, saver = Log(folder, c, counters["step"]), Saver(state, c, folder)
         evaluation = Evaluation(state, c, image_set)
         if counters["step"] == 0:
-            show_samples()
+            show(samples, page)
             saver.save()                         # a rollback needs one to go back to
         while counters["step"] < c.STEPS and stop.number is None:
             if c.MINUTES and time.monotonic() - started > 60 * c.MINUTES:
@@ -330,7 +339,7 @@ def train(state, c, image_set, folder):
                 roll_back(state, c, saver, log)
                 continue
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
-                show_samples()
+                show(samples, page)
             evaluation.step(log, saver)
             saver.step()
         log.close()
@@ -339,8 +348,10 @@ def train(state, c, image_set, folder):
             latent_space.encode_some(state.ema.vae, image_set))}
         file = saver.save_last(stop, **axes)
         if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
-            show_samples()
-    print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}, pictures in {folder / 'samples'}")
+            show(samples)
+        show(functools.partial(page, live=False))
+    print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; pictures and curves in "
+          f"{folder / 'index.html'}")
     if counters["step"] < c.STEPS:
         print("the same command again goes on from there")
     if stop.number is not None:

@@ -57,6 +57,17 @@ def test_a_run_leaves_what_a_person_looks_for(run, tmp_path, capsys):
                   "12 images to train on"):
         assert words in out
     assert (folder / "checkpoints" / "step_00000012.pt").exists()
+    assert '"reload_seconds":0' in (folder / "index.html").read_text()
+
+
+def test_the_page_of_a_run_reloads_itself_until_the_run_ends(run, tmp_path, monkeypatch):
+    live = []
+    write = training.report.write
+    monkeypatch.setattr(training.report, "write", lambda folder, on: live.append(on) or write(folder, on))
+    assert run("--steps", "5", "--sample-every", "2") == 0
+    assert live == [True, True, True, False]                       # steps 0, 2, 4, the end
+    assert run("--steps", "6", "--sample-every", "2") == 0
+    assert live[4:] == [True, False]
 
 
 def test_the_same_command_goes_on_and_equals_a_run_without_a_break(run, tmp_path, capsys):
