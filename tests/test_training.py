@@ -183,7 +183,8 @@ def test_no_regular_checkpoint_is_written_after_a_skipped_update(run, tmp_path, 
         return values
 
     monkeypatch.setattr(training, "training_step", step_with_nan)
-    monkeypatch.setattr(training.checkpoints, "save", lambda folder, state, step, sound: saved.append((step, sound)))
+    monkeypatch.setattr(training.checkpoints, "save",
+                        lambda folder, state, step, sound: saved.append((step, sound)) or "a file")
     run("--steps", "5", "--checkpoint-every", "2")
     assert saved == [(0, True), (4, True), (5, True)]
     assert [(line["step"], line["kl"] is None) for line in lines(tmp_path)] == [(2, True), (3, True), (4, False)]
