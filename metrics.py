@@ -1,7 +1,7 @@
 """Metrics: how far a set of generated images is from a set of real ones. Pure functions of tensors.
 
 Frechet distance, kernel distance, precision and recall compare features (N, D), which a pretrained network makes
-of the images (evaluate.py chooses it).
+of the images (evaluate.py chooses it); diversity and nearest neighbours take any points (N, D).
 
 The sliced Wasserstein distance on Laplacian pyramids (Karras et al. 2018, "Progressive Growing of GANs",
 section 5) needs no pretrained network: it compares small patches, one scale at a time. It sees texture, edges
@@ -16,6 +16,9 @@ NEIGHBOURHOOD = 7          # side of a patch, pixels (section 5)
 SMALLEST_LEVEL = 16        # side of the coarsest level, pixels: halving stops before a smaller one
 PROJECTION_GROUP = 64      # directions projected and sorted at a time, which bounds memory
 IMAGE_GROUP = 128          # images whose pyramid is built at a time, for the same reason
+POINT_GROUP = 1024         # points whose distances from all others are in memory at a time
+SSIM_WINDOW = 11           # side of structural similarity's window, pixels ...
+SSIM_DEVIATION = 1.5       # ... and the deviation of its weights
 
 # ------------------------------------------------------------------------------------- features
 
@@ -103,6 +106,103 @@ def _check_features(a, b, least):
         raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: two sets of features are (N, D) and (M, D) with N "
                          f"and M at least {least}")
 
+
+# ------------------------------------------------------------------------------------- points
+
+def diversity(generated, real):
+    """Mean distance between two generated points as a share of that between two real ones: 0 where all are one, 1
+    where they differ as real ones do. generated (N, D), real (M, D), N and M at least 2. In float64; a float.
+    """
+    _check_features(generated, real, least=2)
+
+    def mean_distance(points):
+        points, n = points.double(), len(points)
+        rows = (torch.cdist(part, points).sum().item() for part in points.split(POINT_GROUP))
+        return sum(rows) / (n * (n - 1))                    # a point's distance from itself is 0 and not counted
+
+    return mean_distance(generated) / max(mean_distance(real), 1e-12)
+
+
+def nearest(points, blocks, own=None):
+    """Of each point the nearest one among many others: (Euclidean distances (N,) in float64, indices (N,)).
+
+    points (N, D). blocks: an iterable of (M_i, D), the others part by part, so that they need not be in memory
+    together; indices count through the parts. own (N,): which of the others a point is itself, or -1 where it is
+    none of them; it is no neighbour of its own. Where there is no other, the distance is infinite.
+    """
+    points, first = points.double(), 0
+    distance, index = points.new_full((len(points),), torch.inf), torch.zeros(len(points), dtype=torch.long)
+    for block in blocks:
+        block = block.double()
+        squared = points.square().sum(1, keepdim=True) - 2 * points @ block.T + block.square().sum(1)
+        if own is not None:
+            here = ((own >= first) & (own < first + len(block))).nonzero()[:, 0]
+            squared[here, own[here] - first] = torch.inf
+        least, at = squared.min(1)
+        # The product above rounds a distance of 0 to something near it: differences, for the one pair that counts.
+        found = torch.where(least < torch.inf, (points - block[at]).norm(dim=1), torch.inf)
+        nearer = found < distance
+        distance, index = torch.where(nearer, found, distance), torch.where(nearer, first + at, index)
+        first += len(block)
+    return distance, index
+
+
+def closest_pairs(points):
+    """Each point with its nearest neighbour, each pair once, the closest first: (pairs (P, 2), distances (P,)).
+
+    points (N, D), N at least 2. Distances are given as a share of the median distance of a point to its nearest
+    neighbour: 1 is usual, 0 are equal points.
+    """
+    distance, index = nearest(points, points.split(POINT_GROUP), own=torch.arange(len(points)))
+    pairs = torch.stack([torch.arange(len(points)), index], dim=1).sort(dim=1).values
+    order = distance.argsort(stable=True)
+    seen, kept = set(), []
+    for i, pair in zip(order.tolist(), map(tuple, pairs[order].tolist())):
+        if pair not in seen:
+            seen.add(pair)
+            kept.append(i)
+    return pairs[kept], distance[kept] / distance.median().clamp_min(1e-12)
+
+# ------------------------------------------------------------------------------------- image by image
+
+def absolute_error(a, b):
+    """Mean absolute difference of each image of a from the same one of b: (N,), in levels.
+
+    a, b (N, C, H, W): uint8, or float in 0..255; so in the two functions below.
+    """
+    return (a.float() - b.float()).abs().mean((1, 2, 3))
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of each image, 10 log10(255^2 / mean squared difference): (N,), in dB; infinite
+    where two images are equal."""
+    return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
+
+
+def ssim(a, b):
+    """Structural similarity of each image (Wang et al. 2004, "Image Quality Assessment: From Error Visibility to
+    Structural Similarity", equation 13): (N,), 1 where two are equal, about 0 where they have nothing in common.
+
+    Mean over channels and over all places where the Gaussian window of 11 x 11, deviation 1.5, lies within the
+    picture, with K1 = 0.01 and K2 = 0.03. Raises ValueError below 11 x 11 pixels.
+    """
+    if a.shape != b.shape or min(a.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: structural similarity takes two sets of one shape "
+                         f"(N, C, H, W), {SSIM_WINDOW} x {SSIM_WINDOW} pixels or more")
+    channels = a.shape[1]
+    a, b = (images.float().flatten(0, 1)[:, None] for images in (a, b))                  # (N * C, 1, H, W)
+    place = torch.arange(SSIM_WINDOW, device=a.device) - SSIM_WINDOW // 2
+    window = torch.softmax(-place ** 2 / (2 * SSIM_DEVIATION ** 2), dim=0).view(1, 1, 1, -1)
+
+    def mean(x):
+        return F.conv2d(F.conv2d(x, window), window.mT)
+
+    mean_a, mean_b = mean(a), mean(b)
+    variance_a, variance_b = mean(a * a) - mean_a ** 2, mean(b * b) - mean_b ** 2
+    covariance, c1, c2 = mean(a * b) - mean_a * mean_b, (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / (
+        (mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2))
+    return similarity.mean((1, 2, 3)).view(-1, channels).mean(1)
 
 # ------------------------------------------------------------------------------------- Laplacian pyramid
 

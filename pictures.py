@@ -84,6 +84,14 @@ def stack(rows, labels=None):
     return sheet
 
 
+def pairs(a, b, above=False):
+    """Numbered pairs, row by row: uint8 (N, H, W, C) twice -> (H', W', 3), 6 pairs of neighbours a row, or 9 of
+    pictures above each other."""
+    cells = [grid(np.stack(pair), columns=1 if above else 2) for pair in zip(a, b)]
+    cells = [stack([cell], [str(number)]) for number, cell in enumerate(cells, 1)]
+    return grid(np.stack(cells), columns=9 if above else 6, gap=SPACE)
+
+
 def _panel(height, width):
     return np.full((height, width, 3), PANEL, dtype=np.uint8)
 

@@ -100,7 +100,7 @@ def measure(folder, c, extractor, arguments, done):
                    "images_seen": seen, **{key: f"{value:.4f}" for key, value in found.items()}}
             new = not file.exists()
             with file.open("a", newline="", encoding="utf-8") as out:
-                writer = csv.DictWriter(out, COLUMNS)
+                writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
                 if new:
                     writer.writeheader()
                 writer.writerow(row)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.ndimage
+import scipy.spatial
 import scipy.stats
 import torch
 
@@ -337,3 +338,77 @@ def test_features_that_do_not_fit_are_refused(function):
     for a, b in ((points(9, 3), points(9, 4)), (points(1, 3), points(9, 3)), (points(9, 3)[0], points(9, 3))):
         with pytest.raises(ValueError, match="features"):
             function(a, b)
+
+# ------------------------------------------------------------------------------------- points
+
+def test_diversity_is_the_ratio_of_scipys_mean_distances():
+    a, b = points(30, 5), 3 * points(1100, 5, seed=1)                 # more than one group
+    expected = scipy.spatial.distance.pdist(a).mean() / scipy.spatial.distance.pdist(b).mean()
+    assert metrics.diversity(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.diversity(a[:1].expand(5, -1), a) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 50])
+def test_nearest_is_scipys_in_whatever_blocks_the_others_come(block):
+    a, b = points(20, 6), points(50, 6, seed=1)
+    b[13] = a[4]
+    distance, index = metrics.nearest(a, b.split(block))
+    expected_distance, expected_index = scipy.spatial.cKDTree(b).query(a)
+    assert index.tolist() == expected_index.tolist()
+    assert torch.allclose(distance, torch.from_numpy(expected_distance)) and distance[4] == 0
+
+
+def test_a_point_is_not_its_own_neighbour_but_its_copy_is():
+    b = points(20, 6)
+    b[17] = b[3]
+    own = torch.tensor([3, 5, -1])
+    distance, index = metrics.nearest(b[[3, 5, 5]], b.split(6), own)
+    assert (index[0], distance[0]) == (17, 0) and (index[2], distance[2]) == (5, 0)
+    assert distance[1] == pytest.approx(sorted((b - b[5]).norm(dim=1).tolist())[1])
+    assert metrics.nearest(b[:1], [b[:1]], torch.tensor([0]))[0].item() == math.inf
+
+
+def test_closest_pairs_are_the_planted_ones_once_each_and_in_units_of_the_median():
+    x = torch.arange(20.0)[:, None] ** 2                     # nearest neighbours 1, 1, 3, 5, 7, ... apart
+    x[19], x[18] = x[7], x[11] + 0.25
+    pairs, distances = metrics.closest_pairs(x)
+    assert pairs[:3].tolist() == [[7, 19], [11, 18], [0, 1]]
+    each = torch.cdist(x, x).fill_diagonal_(math.inf).min(1).values
+    assert distances[:3].tolist() == pytest.approx([0, 0.25 / each.median().item(), 1 / each.median().item()])
+    assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs)
+
+# ------------------------------------------------------------------------------------- image by image
+
+def levels(count, channels, height, width, seed=0):
+    return torch.randint(0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+@pytest.mark.parametrize("channels, height, width", [(3, 32, 48), (1, 11, 11), (3, 64, 64)])
+def test_ssim_and_psnr_are_torchmetrics(channels, height, width):
+    from torchmetrics.functional import image as torchmetrics
+
+    a = (127.5 * (discs(6, 64)[:, :channels, :height, :width] + 1)).byte()
+    b = (a.float() + torch.arange(6).view(-1, 1, 1, 1) * 8 * noise(6, 64)[:, :channels, :height, :width])
+    b = b.clamp(0, 255).byte()
+    a[0] = levels(1, channels, height, width)[0]             # nothing in common with b[0]
+    _, places = torchmetrics.structural_similarity_index_measure(a.double(), b.double(), data_range=255.0,
+                                                                 reduction="none", return_full_image=True)
+    expected = places[..., 5:-5, 5:-5].mean((1, 2, 3))       # of its places, those whose window needs no padding
+    assert torch.allclose(metrics.ssim(a, b), expected.float(), atol=1e-4)
+    expected = torchmetrics.peak_signal_noise_ratio(a.double(), b.double(), data_range=255.0, reduction="none",
+                                                    dim=(1, 2, 3))
+    assert torch.allclose(metrics.psnr(a, b), expected.float())
+
+
+def test_errors_of_plain_pictures_are_closed_forms():
+    dark, light = (torch.full((1, 3, 16, 16), level, dtype=torch.uint8) for level in (100, 140))
+    assert metrics.absolute_error(dark, light).item() == 40
+    assert metrics.psnr(dark, light).item() == pytest.approx(20 * math.log10(255 / 40))
+    luminance = (2 * 100 * 140 + 2.55 ** 2) / (100 ** 2 + 140 ** 2 + 2.55 ** 2)
+    assert metrics.ssim(dark, light).item() == pytest.approx(luminance, abs=1e-4)
+    assert metrics.psnr(dark, dark).item() == math.inf and metrics.ssim(dark, dark).item() == pytest.approx(1)
+
+
+def test_ssim_names_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="11 x 11"):
+        metrics.ssim(levels(1, 3, 10, 16), levels(1, 3, 10, 16))
