@@ -318,7 +318,7 @@ def write_sheets(sheets, out):
             if sheet is None:
                 (out / name).unlink(missing_ok=True)
             else:
-                pictures.save_png(out / name, sheet)
+                pictures.save_picture(out / name, sheet)
     print(f"{', '.join(name for name, sheet in sheets.items() if sheet is not None)} in {out}")
 
 

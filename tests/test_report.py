@@ -31,7 +31,7 @@ def make_run(folder, steps=(0, 50, 100), side=16, lines=30, **values):
             sheet = np.full((2 * side, 2 * side, 3), colour, np.uint8)
             if kind == "alpha":
                 sheet = pictures.beside(sheet, pictures.colour_bar(1, 9, 2 * side, log=True))
-            pictures.save_png(f"{name}_{kind}.png", sheet)
+            pictures.save_picture(f"{name}_{kind}.png", sheet)
         pictures.save_animation(f"{name}_video.gif", [np.full((side, side, 3), 40 * t, np.uint8) for t in range(4)], 8)
     values = {"score_gap": lambda step: 5 + step / 100, "gradient_norm": 1.25, "alpha_mean": 3.0, "alpha_min": 2.0,
               "alpha_max": 4.0, "seconds": lambda step: step / 2, "images_seen": lambda step: 16 * step, **values}
@@ -132,14 +132,14 @@ def test_largest_sheets_of_noise_fit_forty_points_into_the_limit(tmp_path):
 def test_equal_originals_are_kept_once(folder):
     data = data_of(report.write(folder).read_text())
     assert len({point["real"] for point in data["points"]}) == 1
-    pictures.save_png(folder / "samples" / "step_00000100_real.png", np.zeros((32, 32, 3), np.uint8))
+    pictures.save_picture(folder / "samples" / "step_00000100_real.png", np.zeros((32, 32, 3), np.uint8))
     points = data_of(report.write(folder).read_text())["points"]
     assert points[0]["real"] == points[1]["real"] != points[2]["real"]
 
 
 def test_sheet_that_changed_on_disk_changes_on_the_page(folder):
     before = data_of(report.write(folder).read_text())
-    pictures.save_png(folder / "samples" / "step_00000050_generated.png", np.zeros((32, 32, 3), np.uint8))
+    pictures.save_picture(folder / "samples" / "step_00000050_generated.png", np.zeros((32, 32, 3), np.uint8))
     after = data_of(report.write(folder).read_text())
     assert np.asarray(decoded(before["pictures"][before["points"][1]["generated"]])).mean() > 50
     assert np.asarray(decoded(after["pictures"][after["points"][1]["generated"]])).mean() < 3
