@@ -63,14 +63,16 @@ def bar(parts, text):
 
 # ------------------------------------------------------------------------------------- scores
 
-def scores(generated, real, extractor=None, real_features=None):
+def scores(generated, real, extractor=None, real_features=None, features=None):
     """{name: number} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W).
 
-    real_features: extractor(real), from who has it already. Without an extractor diversity is that of small pictures.
+    real_features, features: extractor(real) and extractor(generated), from who has them already. Without an extractor
+    diversity is that of small pictures.
     """
     found = {}
     if extractor is not None:
-        a, b = extractor(generated), extractor(real) if real_features is None else real_features
+        a = extractor(generated) if features is None else features
+        b = extractor(real) if real_features is None else real_features
         found["frechet"] = metrics.frechet_distance(a, b)
         found["kid"], found["kid_error"] = metrics.kernel_distance(a, b)
         found["precision"], found["recall"] = metrics.precision_and_recall(b, a)
@@ -106,9 +108,10 @@ def score_lines(found, generated, real, extractor):
 # ------------------------------------------------------------------------------------- pictures to score
 
 @torch.inference_mode()
-def generate(generator, latent_dim, count, seed, batch_size=32):
-    """`count` pictures from noise, uint8 (count, C, H, W) on the CPU."""
+def generate(generator, latent_dim, count, seed, batch_size=32, share=(0, 1)):
+    """`count` pictures from noise, uint8 (count, C, H, W) on the CPU; share (i, n): only the i-th of n parts."""
     z = torch.randn(count, latent_dim, generator=random_keys.generator(seed, "evaluate"))
+    z = z.tensor_split(share[1])[share[0]]
     device = next(generator.parameters()).device
     return torch.cat([data.to_uint8(generator(part.to(device))).cpu() for part in bar(z.split(batch_size), "pictures")])
 

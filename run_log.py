@@ -167,6 +167,13 @@ class Log:
         self.file.close()
 
 
+class NoLog:
+    """The Log of a process that is not the first: it keeps silent."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
 def symptoms(values, c):
     """What says that a run is lost, from the scalars of one step: {symptom: a sentence with what to try}."""
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
@@ -224,4 +231,6 @@ def print_start(c, state, image_set):
     print(f"{'part':28}{'parameters':>12}{'multiply-adds an image':>26}")
     for name, parameters, count in model_definitions.summary(state.generator, state.critic, c.BATCH_SIZE):
         print(f"{name:28}{parameters:12,}{count:26,}")
-    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}")
+    together = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
+    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}"
+          f"{together}")

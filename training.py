@@ -3,6 +3,7 @@
     python training.py --data ./images                        # runs/images; the same command again goes on from there
     python training.py --data ./images --image-size 64 --run small
     python training.py                                        # on the built-in demo set
+    torchrun --nproc-per-node 4 training.py --data ./images   # the same mathematics on 4 GPUs
 
 Every constant of config.py is a flag; --help lists them.
 """
@@ -16,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,14 +26,15 @@ import checkpoints
 import command_line
 import data
 import demo_images
+import distributed
 import evaluate
 import latent_space
 import report
 from checkpoints import CheckpointError
 from command_line import InputError
 from data import DataError
-from run_log import Log, is_sample_step, print_start, say, write_samples
-from training_step import new_state, set_up, training_step
+from run_log import Log, NoLog, is_sample_step, print_start, say, write_samples
+from training_step import HOW_COMBINED, new_state, set_up, training_step
 
 # Constants that the shapes of the weights follow from: a run can't go on with others.
 SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH",
@@ -91,16 +94,35 @@ def check_continuing(c, given, saved):
             print(f"{name} is now {new}, was {old}")
 
 
-def continue_or_start(c, given, device):
-    """The newest checkpoint's state, or a new one."""
-    state, folder = new_state(c, device), Path(c.RUNS_DIR) / c.RUN
-    found = checkpoints.newest(folder / "checkpoints", device, set_aside=True)
+def check_shares(c, ranks):
+    """Raises InputError where the batch can't be dealt out to all processes in equal parts."""
+    pieces = ranks.size * (c.MICRO_BATCH or 1)
+    if c.BATCH_SIZE % pieces:
+        low = c.BATCH_SIZE // pieces * pieces
+        raise InputError(f"--batch-size {c.BATCH_SIZE} can't be dealt out to {ranks.size} processes"
+                         + (f" in micro-batches of {c.MICRO_BATCH}" if c.MICRO_BATCH else "")
+                         + f": give {f'{low} or ' if low else ''}{low + pieces}")
+
+
+def continue_or_start(c, given, device, ranks):
+    """The newest checkpoint's state, or a new one. Files are the first process's to read; the others hear from it."""
+    state, folder = new_state(c, device, ranks), Path(c.RUNS_DIR) / c.RUN
+
+    def find():
+        found = checkpoints.newest(folder / "checkpoints", set_aside=True)
+        if found is None:
+            return start_from(state, c) if c.INIT_FROM else None
+        check_continuing(c, given, found[1]["constants"])
+        return found
+
+    found = distributed.on_first(ranks, find)
     if found is None:
-        if c.INIT_FROM:
-            start_from(state, c)
         return state
     file, saved = found
-    check_continuing(c, given, saved["constants"])
+    if file is None:                             # only weights, of INIT_FROM
+        for part in saved:
+            getattr(state, part).load_state_dict(saved[part])
+        return state
     load_state(state, file, saved)
     counters, before = state.counters, saved["constants"]
     print(f"continuing {folder} at step {counters['step']} from {file.name}")
@@ -114,20 +136,23 @@ def continue_or_start(c, given, device):
 
 
 def start_from(state, c):
-    """Takes the weights of INIT_FROM for a new run: its averaged generator, and its critic where the file has one."""
-    file, saved = checkpoints.find(c.INIT_FROM, state.device)
+    """(None, {part of the state: weights}) of INIT_FROM for a new run: its averaged generator, and its critic where the
+    file has one."""
+    file, saved = checkpoints.find(c.INIT_FROM)
     others = [name for name in SIZES if saved["constants"].get(name) != getattr(c, name)]
     if others:
         fitting = " ".join(command_line.as_given(name, saved["constants"].get(name)) for name in others)
         raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
+    parts = {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))
+             if source in saved}
     try:
-        for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic")):
-            if source in saved:
-                getattr(state, part).load_state_dict(saved[source])
+        for part, weights in parts.items():
+            getattr(state, part).load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{file}: its networks are not those of this version "
                               f"({str(error).splitlines()[0]}): use a file of this version") from None
     print(f"starting from {file}" + ("" if "critic" in saved else ", with a new critic: the file holds none"))
+    return None, parts
 
 
 def load_state(state, file, saved):
@@ -160,7 +185,7 @@ class StopSignal:
         self.number = number
         with contextlib.suppress(OSError):                 # the terminal may be gone; print may be busy
             os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if distributed.started_by_torchrun() else signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -174,7 +199,8 @@ def mend(error):
 
 
 class Saver:
-    """Writes a run's checkpoints: each CHECKPOINT_EVERY steps and each CHECKPOINT_MINUTES, and when told to.
+    """Writes a run's checkpoints: each CHECKPOINT_EVERY steps and each CHECKPOINT_MINUTES, and when told to. Of several
+    processes the first has one.
 
     No regular checkpoint is written while the newest step was skipped, so every regular one is good. On a full disk
     the old ones stay, training goes on, and it is tried again after RETRY_SECONDS.
@@ -190,13 +216,12 @@ class Saver:
     def wait(self, seconds):
         self.next_time = time.monotonic() + seconds
 
-    def step(self):
-        """After each step: saves where it is time to."""
+    def due(self):
+        """After each step: whether it is time to save."""
         counters = self.state.counters
         if counters["step"] % self.c.CHECKPOINT_EVERY == 0:
             self.wait(0)
-        if time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]:
-            self.save()
+        return time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]
 
     def save(self, **more):
         """Saves now, whatever the time; returns the file, or None where the disk would not take it. more: what the
@@ -230,7 +255,6 @@ class Saver:
             say(f"the steps after {self.saved_step} are lost, up to {self.state.counters['step']}")
         return file
 
-
     def contents(self):
         return {**self.state.state_dict(), "constants": dict(vars(self.c))}
 
@@ -257,6 +281,8 @@ class Evaluation:
         if self.c.EVALUATE_EVERY == 0 or step % self.c.EVALUATE_EVERY or self.state.counters["skipped_in_a_row"]:
             return
         found = self.scores()
+        if not self.state.ranks.first:
+            return
         log.write({"step": step, **{f"evaluate_{name}": round(value, 4) for name, value in found.items()}})
         kind = "kid" if "kid" in found else "sliced_wasserstein"
         best = self.state.counters["best"]
@@ -268,12 +294,20 @@ class Evaluation:
             saver.save_best()
 
     def scores(self):
+        """Pictures and features are shared out over the processes; the first makes numbers of them."""
+        ranks, count = self.state.ranks, self.c.EVALUATE_COUNT
         if self.real is None:
             self.extractor = evaluate.find_extractor(self.state.device)
-            self.real = evaluate.some(self.image_set, self.c.EVALUATE_COUNT)
-            self.features = self.extractor and self.extractor(self.real)
-        made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, self.c.EVALUATE_COUNT, self.c.SEED)
-        return evaluate.scores(made, self.real, self.extractor, self.features)
+            self.real = evaluate.some(self.image_set, count)
+            self.features = self.shared_features(self.real.tensor_split(ranks.size)[ranks.rank])
+        made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, count, self.c.SEED, share=(ranks.rank, ranks.size))
+        features, made = self.shared_features(made), torch.cat(distributed.gathered(ranks, made))
+        return distributed.on_first(ranks, lambda: evaluate.scores(made, self.real, self.extractor, self.features,
+                                                                   features))
+
+    def shared_features(self, images):
+        """The features of all processes' images, or None without an extractor."""
+        return self.extractor and torch.cat(distributed.gathered(self.state.ranks, self.extractor(images)))
 
 
 class Lost(Exception):
@@ -285,22 +319,26 @@ def roll_back(state, c, saver, log):
 
     Raises Lost where that was done MAX_ROLLBACKS times already.
     """
-    counters = state.counters
+    counters, ranks = state.counters, state.ranks
     lost, rollbacks = counters["step"], counters["rollbacks"]
-    found = checkpoints.newest(saver.folder, state.device, sound=True)
-    if rollbacks >= c.MAX_ROLLBACKS or found is None:
+
+    def find():
+        found = checkpoints.newest(saver.folder, sound=True)
+        if rollbacks < c.MAX_ROLLBACKS and found is not None:
+            return found
         where = (f"{found[0]} is the last good checkpoint. The same command goes on from it with" if found
                  else "there is no good checkpoint to go back to. Start a new --run with")
         rates = [counters["lr_scale"] * rate / 2 for rate in (c.LEARNING_RATE, c.CRITIC_LEARNING_RATE)]
         raise Lost(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
                    f"{rollbacks} rollbacks: {where} --learning-rate {rates[0]:.3g} --critic-learning-rate "
                    f"{rates[1]:.3g} --max-rollbacks {rollbacks + 3}; the values are in metrics.jsonl")
-    file, saved = found
-    load_state(state, file, saved)
+
+    load_state(state, *distributed.on_first(ranks, find))
     counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
     state.set_learning_rates(c)
-    checkpoints.drop_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
-    saver.save()
+    if ranks.first:
+        checkpoints.drop_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
+        saver.save()
     log.back_to(counters["step"])
     say(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} with "
         f"{counters['lr_scale']:g} of the learning rates (rollback {counters['rollbacks']} of {c.MAX_ROLLBACKS})")
@@ -308,11 +346,11 @@ def roll_back(state, c, saver, log):
 
 def train(state, c, image_set, folder):
     """The loop: step, log, samples, checkpoint, until STEPS, MINUTES or a signal. Returns the exit status."""
-    counters, started = state.counters, time.monotonic()
+    counters, ranks, started = state.counters, state.ranks, time.monotonic()
 
     def show(*writers):
         try:
-            for write in writers:
+            for write in writers if ranks.first else ():
                 write()
         except OSError as error:
             say(f"step {counters['step']}: samples and page can't be written ({error.strerror}); training goes on")
@@ -323,17 +361,21 @@ def train(state, c, image_set, folder):
     def page(live=True):
         report.write(folder, live)
 
+    def check_weights():
+        distributed.check_equal(ranks, state.check_sum(), f"their weights at step {counters['step']}")
+
     with StopSignal() as stop:
-        log, saver = Log(folder, c, counters["step"]), Saver(state, c, folder)
-        evaluation = Evaluation(state, c, image_set)
+        saver, evaluation = Saver(state, c, folder), Evaluation(state, c, image_set)
+        log = Log(folder, c, counters["step"]) if ranks.first else NoLog()
         if counters["step"] == 0:
             show(samples, page)
-            saver.save()                         # a rollback needs one to go back to
-        while counters["step"] < c.STEPS and stop.number is None:
-            if c.MINUTES and time.monotonic() - started > 60 * c.MINUTES:
-                break
+            distributed.on_first(ranks, lambda: bool(saver.save()))      # a rollback needs one to go back to
+        number = time_up = 0
+        while counters["step"] < c.STEPS and not number and not time_up:
             values = training_step(state, c, image_set)
             state.count_skipped()
+            if counters["step"] % c.LOG_EVERY == 0 or counters["skipped_in_a_row"]:
+                values = distributed.combined(ranks, values, HOW_COMBINED)
             log.step(state, values)
             if counters["skipped_in_a_row"] >= c.NAN_PATIENCE:
                 roll_back(state, c, saver, log)
@@ -341,36 +383,56 @@ def train(state, c, image_set, folder):
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
                 show(samples, page)
             evaluation.step(log, saver)
-            saver.step()
+            # What a clock or a signal says to one process must be done by all at the same step.
+            number, time_up, due = distributed.largest(ranks, [
+                stop.number or 0, int(ranks.first and 0 < 60 * c.MINUTES < time.monotonic() - started),
+                int(ranks.first and saver.due())])
+            if due:
+                check_weights()
+                if ranks.first:
+                    saver.save()
         log.close()
-        # Whoever sent a signal waits for the end.
-        axes = {} if stop.number else {"axes": latent_space.principal_axes(
-            latent_space.encode_some(state.ema.vae, image_set))}
-        file = saver.save_last(stop, **axes)
-        if stop.number is None and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
+        check_weights()
+        file = finish(state, image_set, saver, stop) if ranks.first else folder
+        if not number and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
             show(samples)
         show(functools.partial(page, live=False))
+        distributed.wait_for_all(ranks)          # torchrun ends all when the first of them has left
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; pictures and curves in "
           f"{folder / 'index.html'}")
     if counters["step"] < c.STEPS:
         print("the same command again goes on from there")
-    if stop.number is not None:
-        return 128 + stop.number
+    if number:
+        return 128 + number
     return 0 if file else 1
+
+
+def finish(state, image_set, saver, stop):
+    """The run's last checkpoint, with the principal axes of its latent space; returns the file or None."""
+    if stop.number:                              # whoever sent a signal waits for the end
+        return saver.save_last(stop)
+    mu = latent_space.encode_some(state.ema.vae, image_set)
+    return saver.save_last(stop, axes=latent_space.principal_axes(mu))
 
 
 def start(argv):
     c, given = prepare_constants(argv)
     device = command_line.choose_device(c.DEVICE)
+    if device.type == "cuda" and distributed.started_by_torchrun():
+        device = torch.device("cuda", distributed.local_rank())
+        torch.cuda.set_device(device)
     set_up(device, c)
     folder = Path(c.RUNS_DIR) / c.RUN
-    with contextlib.ExitStack() as held:
+    with distributed.joined(device) as ranks, contextlib.ExitStack() as held:
+        if not ranks.first:                      # the first process speaks for all
+            held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
+        check_shares(c, ranks)
         try:
-            held.enter_context(checkpoints.lock(folder))
+            distributed.on_first(ranks, lambda: held.enter_context(checkpoints.lock(folder)))
         except OSError as error:
             raise InputError(f"{folder}: can't be written ({error.strerror}); give another --runs-dir") from None
         try:
-            return train_in(folder, c, given, device)
+            return train_in(folder, c, given, device, ranks)
         except (RuntimeError, MemoryError) as error:
             if (line := memory_line(error, c)) is None:
                 raise
@@ -378,12 +440,14 @@ def start(argv):
             return 1
 
 
-def train_in(folder, c, given, device):
-    """Trains in a run's folder, which this process holds. Returns the exit status."""
-    state = continue_or_start(c, given, device)
-    image_set = load_data(c)
+def train_in(folder, c, given, device, ranks):
+    """Trains in a run's folder, which this process holds, or the first one. Returns the exit status."""
+    state = continue_or_start(c, given, device, ranks)
+    image_set = distributed.in_turn(ranks, lambda: load_data(c))
+    names = "\n".join(image_set.paths).encode("utf-8", "surrogateescape")
+    distributed.check_equal(ranks, zlib.crc32(names), "their images: give each machine the same folder")
     try:
-        describe_run(c, image_set, folder)
+        distributed.on_first(ranks, lambda: describe_run(c, image_set, folder))
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}): {mend(error)}, or give another "
                          "--runs-dir") from None
@@ -413,8 +477,9 @@ def main(argv=None):
     except (InputError, DataError, CheckpointError) as error:
         print(f"training.py: {error}", file=sys.stderr)
         return 2
-    except Lost as error:
-        print(f"training.py: {error}", file=sys.stderr)
+    except (Lost, distributed.RankError) as error:
+        if str(error):
+            print(f"training.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"training.py: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole",

@@ -6,6 +6,7 @@ Every random draw is a function of (SEED, rollbacks, step, critic update, purpos
 import contextlib
 import copy
 import ctypes
+import zlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 import data
+import distributed
 import latent_space
 import losses
 import model_definitions
@@ -36,6 +38,7 @@ class State:
     device: torch.device
     functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
     skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
+    ranks: distributed.Ranks = distributed.ALONE     # this process among those that train together
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
                                                     "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
 
@@ -43,6 +46,13 @@ class State:
 
     def state_dict(self):
         return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": dict(self.counters)}
+
+    def check_sum(self):
+        """Of all weights, bit by bit: processes that train together have the same. 0 where there is only one."""
+        if self.ranks.size == 1:
+            return 0
+        parameters = [*self.generator.parameters(), *self.critic.parameters()]
+        return zlib.crc32(torch.cat([p.detach().flatten() for p in parameters]).cpu().numpy())
 
     def load_state_dict(self, saved):
         for name in self.PARTS:
@@ -68,7 +78,7 @@ class State:
         return random_keys.generator(constants.SEED, purpose, self.counters["rollbacks"], self.counters["step"], update)
 
 
-def new_state(c, device):
+def new_state(c, device, ranks=distributed.ALONE):
     """Networks and optimizers at their start, a function of SEED; torch's global generator is put back."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
@@ -84,7 +94,7 @@ def new_state(c, device):
     functions = (generator_pass, generator_loss, critic_scores, losses.gradient_norm)
     compiled = {f.__name__: torch.compile(f, fullgraph=True) if c.COMPILE else f for f in functions}
     return State(generator, critic, ema, adam(generator, c.LEARNING_RATE), adam(critic, c.CRITIC_LEARNING_RATE), device,
-                 SimpleNamespace(**compiled), torch.zeros((), dtype=torch.int64, device=device))
+                 SimpleNamespace(**compiled), torch.zeros((), dtype=torch.int64, device=device), ranks)
 
 
 def set_up(device, c):
@@ -122,12 +132,14 @@ def to_device(tensor, device):
 
 
 def real_batch(state, c, image_set, update):
-    """The real images of a critic update, (B, C, H, W) in [-1, 1]: a function of SEED, step and update alone."""
+    """The real images of a critic update, (B, C, H, W) in [-1, 1], this process's share of them: a function of SEED,
+    step and update alone."""
+    share = state.ranks.share(c.BATCH_SIZE)
     position = (state.counters["step"] * c.N_CRITIC + update) * c.BATCH_SIZE
-    indices = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)]
+    indices = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][share]
     flips = None
     if c.FLIP:
-        flips = torch.rand(c.BATCH_SIZE, generator=state.draw(c, "flip", update)).numpy() < 0.5
+        flips = torch.rand(c.BATCH_SIZE, generator=state.draw(c, "flip", update)).numpy()[share] < 0.5
     return data.to_image(to_device(data.read_batch(image_set, indices, flips), state.device))
 
 
@@ -142,7 +154,9 @@ class Walk(NamedTuple):
 
 @dataclass
 class Batch:
-    """The real images of one critic update, and all that is drawn for it; the generator's update takes the last one."""
+    """The real images of one critic update, and all that is drawn for it; the generator's update takes the last one.
+
+    All is drawn for the whole batch of BATCH_SIZE, of which each process holds its share: B pictures."""
     update: int                                     # number of the critic update within the step
     real: torch.Tensor                              # (B, C, H, W) in [-1, 1]
     z: torch.Tensor                                 # (B, LATENT_DIM) from N(0, I), for the fakes
@@ -153,13 +167,15 @@ class Batch:
 
 
 def make_batch(state, c, image_set, update):
+    share = state.ranks.share(c.BATCH_SIZE)
+
     def draw(function, purpose, *shape):
-        return to_device(function(shape, generator=state.draw(c, purpose, update)), state.device)
+        return to_device(function(shape, generator=state.draw(c, purpose, update))[share], state.device)
 
     changes, walk = state.generator.layer.video.draw(state.draw(c, "video", update)), None
     chance = state.draw(c, "feedback", update)
     if torch.rand((), generator=chance) < c.FEEDBACK_PROB:
-        walk = Walk(*(to_device(tensor, state.device) for tensor in (
+        walk = Walk(*(to_device(tensor[share], state.device) for tensor in (
             torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=chance), torch.rand(c.BATCH_SIZE, 1, generator=chance))))
     return Batch(update, real_batch(state, c, image_set, update),
                  draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
@@ -168,10 +184,12 @@ def make_batch(state, c, image_set, update):
                  model_definitions.Changes(*(to_device(tensor, state.device) for tensor in changes)), walk)
 
 
-def micro_batches(c):
-    """Slices of a batch, MICRO_BATCH pictures each. All losses are means over pictures, so that gradients add up."""
-    size = c.MICRO_BATCH or c.BATCH_SIZE
-    return [slice(start, start + size) for start in range(0, c.BATCH_SIZE, size)]
+def micro_batches(state, c):
+    """Slices of this process's share of a batch, MICRO_BATCH pictures each. All losses are means over pictures, so that
+    gradients add up."""
+    count = c.BATCH_SIZE // state.ranks.size
+    size = c.MICRO_BATCH or count
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def mixed_precision(state, c):
@@ -235,10 +253,12 @@ def critic_scores(critic, real, fake, lambda_drift):
 
 
 def apply_update(state, model, optimizer):
-    """One optimizer step on the gradients; where one of them is not finite, nothing is applied, and it is counted.
+    """One optimizer step on the gradients' mean over all processes; where one of them is not finite, nothing is
+    applied, and it is counted.
 
     The verdict stays on the device, where fused Adam takes it as GradScaler would hand it: no wait for the device.
     """
+    distributed.average_gradients(state.ranks, model)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     bad = ~torch.isfinite(norm)
     state.skipped += bad
@@ -255,8 +275,9 @@ def critic_step(state, c, batch, shared=None):
     The penalty has a backward pass of its own, so that its graph and that of the scores never share the memory.
     """
     state.critic_optimizer.zero_grad(set_to_none=True)
-    parts, values, norms = micro_batches(c), [], []
-    measured = len(range(0, c.BATCH_SIZE, c.GP_EVERY))           # pictures that the penalty is the mean of
+    parts, values, norms = micro_batches(state, c), [], []
+    first = state.ranks.share(c.BATCH_SIZE).start
+    measured = len(range(0, c.BATCH_SIZE, c.GP_EVERY)) / state.ranks.size     # pictures that the penalty is the mean of
     for part in parts:
         with mixed_precision(state, c):
             if shared is not None:
@@ -268,23 +289,23 @@ def critic_step(state, c, batch, shared=None):
             loss, gap = state.functions.critic_scores(state.critic, batch.real[part], fake, c.LAMBDA_DRIFT)
         (loss / len(parts)).backward()
         values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})
-        some = slice(-part.start % c.GP_EVERY, None, c.GP_EVERY)       # of this part, every GP_EVERY-th of the batch
+        some = slice(-(first + part.start) % c.GP_EVERY, None, c.GP_EVERY)      # every GP_EVERY-th of the whole batch
         x_hat = losses.between(batch.real[part][some], fake[some], batch.between[part][some])
         if len(x_hat):
             norms.append(state.functions.gradient_norm(state.critic, x_hat))
             (c.LAMBDA_GP * losses.gradient_penalty(norms[-1]) * len(x_hat) / measured).backward()
     apply_update(state, state.critic, state.critic_optimizer)
-    norm, values = torch.cat(norms).detach(), combined(values)
-    penalty = losses.gradient_penalty(norm)
-    return {**values, "critic_loss": values["critic_loss"] + c.LAMBDA_GP * penalty, "gradient_norm": norm.mean(),
-            "gradient_penalty": penalty}
+    norm, values = torch.cat([*norms, batch.between[:0]]).detach(), combined(values)     # a share may hold none
+    penalty = (norm - 1).square().sum() / measured
+    return {**values, "critic_loss": values["critic_loss"] + c.LAMBDA_GP * penalty,
+            "gradient_norm": norm.sum() / measured, "gradient_penalty": penalty}
 
 
 def generator_step(state, c, batch, shared=None):
     """One update on L_G, VAE and layer together; returns scalars (tensors) to log."""
     state.generator_optimizer.zero_grad(set_to_none=True)
     state.critic.requires_grad_(False)
-    parts, values, fakes = micro_batches(c), [], []
+    parts, values, fakes = micro_batches(state, c), [], []
     for part in parts:
         with mixed_precision(state, c):
             image, alpha, mu, logvar = shared or make_pictures(state, batch, part)
@@ -303,10 +324,13 @@ def generator_step(state, c, batch, shared=None):
     return {**combined(values), "picture_spread": spread / real_spread.clamp_min(1e-6)}
 
 
+HOW_COMBINED = {"alpha_min": torch.amin, "alpha_max": torch.amax}    # over micro-batches and processes; else the mean
+
+
 def combined(values):
     """The scalars of all micro-batches as one dict."""
-    how = {"alpha_min": torch.amin, "alpha_max": torch.amax}
-    return {name: how.get(name, torch.mean)(torch.stack([part[name] for part in values])) for name in values[0]}
+    return {name: HOW_COMBINED.get(name, torch.mean)(torch.stack([part[name] for part in values]))
+            for name in values[0]}
 
 
 @torch.no_grad()
@@ -318,12 +342,12 @@ def update_ema(state, c):
 
 
 def training_step(state, c, image_set):
-    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors).
+    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors) of this process.
 
     The generator does not change between the last critic update and its own, so the two share z and, where a batch
     is one piece, the pass that made the pictures too.
     """
-    values, shared, parts = {}, None, micro_batches(c)
+    values, shared, parts = {}, None, micro_batches(state, c)
     for update in range(c.N_CRITIC):
         batch = make_batch(state, c, image_set, update)
         if len(parts) == 1 and update == c.N_CRITIC - 1:
