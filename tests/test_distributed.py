@@ -1,5 +1,5 @@
 """Several processes under the real torchrun on gloo: they train what one process would, stop together, and notice one
-that is gone or has other weights."""
+that is gone or has other weights. Only on Linux: /proc tells who torchrun's children are."""
 
 import dataclasses
 import json
@@ -25,11 +25,28 @@ SCRIPT = Path(training.__file__)
 FLAGS = ["--batch-size", "8", "--log-every", "1"]              # 8 pictures: 4, 2 or 1 a process
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and gloo")
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            for child in workers(process).values():
+                os.kill(child, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+    STARTED.clear()
+
+
 def torchrun(ranks, folder, *flags, script=(SCRIPT,), options=()):
-    return subprocess.Popen(
+    STARTED.append(subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options,
          "--", *map(str, script), *map(str, flags)], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)})
+        stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}))
+    return STARTED[-1]
 
 
 def in_double(setattr=setattr):
@@ -107,7 +124,8 @@ def assert_nearly_same(one, other, origin, share=1e-4):
 # ------------------------------------------------------------------------------------- the same mathematics
 
 @pytest.mark.parametrize("ranks, flags", [
-    (2, []), (4, ["--flip"]), (2, ["--micro-batch", "2", "--n-critic", "2", "--gp-every", "3"])])
+    (2, []), pytest.param(4, ["--flip"], marks=pytest.mark.slow),
+    pytest.param(2, ["--micro-batch", "2", "--n-critic", "2", "--gp-every", "3"], marks=pytest.mark.slow)])
 def test_several_processes_train_what_one_would(folder, monkeypatch, ranks, flags):
     """12 pictures, batches of 8: every second batch goes over the border of an epoch."""
     in_double(monkeypatch.setattr)
@@ -121,6 +139,7 @@ def test_several_processes_train_what_one_would(folder, monkeypatch, ranks, flag
     assert saved(folder, "many")["counters"] == saved(folder, "one")["counters"]
 
 
+@pytest.mark.slow
 def test_the_first_steps_gradients_agree(folder):
     script = folder / "gradients.py"
     script.write_text(f"""
@@ -151,6 +170,7 @@ with distributed.joined(torch.device("cpu")) as ranks:
             assert (x - y).norm() <= 1e-4 * x.norm() + 1e-7 * whole
 
 
+@pytest.mark.slow
 def test_going_on_with_another_number_of_processes_is_the_same_run(folder, monkeypatch):
     in_double(monkeypatch.setattr)
     origin = start(folder)
@@ -161,6 +181,7 @@ def test_going_on_with_another_number_of_processes_is_the_same_run(folder, monke
     assert [line["step"] for line in log(folder, "parts")] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_going_on_with_as_many_processes_is_exact(folder):
     train(2, folder, "--steps", "6", "--run", "whole")
     for steps in (3, 6):
@@ -170,6 +191,7 @@ def test_going_on_with_as_many_processes_is_exact(folder):
         assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
 
 
+@pytest.mark.slow
 def test_scores_are_shared_out_and_equal(folder):
     for run, n in (("one", 1), ("many", 2)):
         train(n, folder, "--steps", "1", "--run", run, "--evaluate-every", "1", "--evaluate-count", "9")
@@ -195,7 +217,10 @@ def workers(process):
     """Process numbers of torchrun's children, by rank."""
     found = {}
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        environment = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
+        try:
+            environment = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:                                        # it has just ended
+            continue
         rank = next((int(entry[5:]) for entry in environment if entry.startswith("RANK=")), None)
         if rank is not None:
             found[rank] = int(child)
@@ -209,7 +234,8 @@ def running(folder, *flags, ranks=2, options=()):
     return process
 
 
-@pytest.mark.parametrize("whom", ["torchrun", 0, 1])
+@pytest.mark.parametrize("whom", ["torchrun", pytest.param(0, marks=pytest.mark.slow),
+                                  pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_or_all_stops_all_at_one_step_with_a_checkpoint(folder, whom):
     process = running(folder)
     os.kill(process.pid if whom == "torchrun" else workers(process)[whom], signal.SIGTERM)
@@ -220,6 +246,7 @@ def test_a_signal_to_one_or_all_stops_all_at_one_step_with_a_checkpoint(folder, 
     train(1, folder, "--steps", str(step + 1))
 
 
+@pytest.mark.slow
 def test_when_one_dies_the_others_leave_with_a_line_and_the_checkpoint_is_whole(folder):
     process = running(folder, "--checkpoint-every", "2")
     begun = time.monotonic()
@@ -230,6 +257,7 @@ def test_when_one_dies_the_others_leave_with_a_line_and_the_checkpoint_is_whole(
     assert saved(folder)["counters"]["step"] >= 2
 
 
+@pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_checkpoint(folder):
     process = running(folder, "--checkpoint-every", "2", options=("--max-restarts", "1"))
     os.kill(workers(process)[1], signal.SIGKILL)
@@ -244,6 +272,7 @@ def test_torchruns_restart_goes_on_from_the_checkpoint(folder):
     assert "continuing" in out and saved(folder)["counters"]["step"] > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, words", [
     ("if state.ranks.rank == 1 and state.counters['step'] == 3: batch.real.fill_(float('nan'))", None),
     ("if state.ranks.rank == 1 and state.counters['step'] == 3: next(state.generator.parameters()).data[0] += 1",
@@ -272,6 +301,7 @@ sys.exit(training.main())
         assert saved(folder)["counters"]["step"] == 0                      # no later one was written
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_by_one_process(folder):
     (folder / "empty").mkdir()
     for flags, words in ((["--batch-size", "3"], "can't be dealt out to 2 processes: give 2 or 4"),
