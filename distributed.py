@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 GRADIENT_TIMEOUT = datetime.timedelta(minutes=10)     # after which a process that answers no more is given up
 TALK_TIMEOUT = datetime.timedelta(hours=3)            # one process may decode a large folder while the others wait
@@ -56,10 +57,14 @@ def joined(device):
     if not started_by_torchrun():
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GRADIENT_TIMEOUT)
     try:
+        # torchrun restarts dead processes with the same store, in which the dead ones' addresses still stand.
+        store, rank, size = next(rendezvous("env://", timeout=GRADIENT_TIMEOUT))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
+                                timeout=GRADIENT_TIMEOUT)
         talk = dist.new_group(backend="gloo", timeout=TALK_TIMEOUT)
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank(), talk)
+        yield Ranks(rank, size, local_rank(), talk)
     except RuntimeError as error:
         if not of_a_collective(error):
             raise

@@ -184,7 +184,8 @@ class StopSignal:
     def receive(self, number, _frame):
         self.number = number
         with contextlib.suppress(OSError):                 # the terminal may be gone; print may be busy
-            os.write(2, b"\nstopping after this step, then saving; a second signal ends at once\n")
+            os.write(2, b"\nstopping after this step, then saving")
+            os.write(2, b"\n" if distributed.started_by_torchrun() else b"; a second signal ends at once\n")
         signal.signal(number, signal.SIG_IGN if distributed.started_by_torchrun() else signal.SIG_DFL)
 
     def __exit__(self, *_):

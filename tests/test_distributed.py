@@ -260,11 +260,12 @@ def test_when_one_dies_the_others_leave_with_a_line_and_the_checkpoint_is_whole(
 @pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_checkpoint(folder):
     process = running(folder, "--checkpoint-every", "2", options=("--max-restarts", "1"))
+    old = set(workers(process).values())
     os.kill(workers(process)[1], signal.SIGKILL)
-    end, found = time.monotonic() + 90, {}
-    while time.monotonic() < end and len(found) < 2:
+    end, new = time.monotonic() + 120, set()
+    while time.monotonic() < end and not (len(new) == 2 and new.isdisjoint(old)):
         time.sleep(0.2)
-        found = workers(process)
+        new = set(workers(process).values())
     before = log(folder)[-1]["step"]
     wait_for_step(folder, before + 2)
     process.send_signal(signal.SIGTERM)
