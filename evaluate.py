@@ -227,7 +227,7 @@ def near_duplicates(image_set, look):
     pairs, distances = metrics.closest_pairs(look["mu"])
     near = int((distances < NEAR).sum())
     if not near:
-        return None, ["no near-duplicates in latent space: the closest pair lies at "
+        return None, [f"no near-duplicates in latent space (below {NEAR:g}): the closest pair lies at "
                       f"{distances[0]:.2f} of the median distance to a nearest neighbour"]
     lines = [f"near-duplicates: {near:,} pairs lie within {NEAR:g} of the median distance to a nearest neighbour in "
              "latent space; the closest, with their difference in levels:"]
@@ -243,7 +243,7 @@ def near_duplicates(image_set, look):
 def is_run(path):
     """Whether a user means a run or checkpoint, not a folder of images."""
     path = Path(path)
-    return path.is_file() or (path / "config.json").is_file()
+    return path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def parse(argv):

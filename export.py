@@ -236,6 +236,8 @@ def parse(argv):
         raise InputError("nothing to do: give --out FILE, --web DIR, or both")
     if arguments.out and Path(arguments.out).suffix not in (".onnx", ".pt"):
         raise InputError(f"--out {arguments.out} can't be: give a name that ends with .onnx or .pt")
+    if arguments.out and arguments.web and Path(arguments.out).resolve() == Path(arguments.web).resolve():
+        raise InputError(f"--out and --web are both {arguments.out}: give two names")
     if arguments.ort and not arguments.web:
         raise InputError(f"--ort {arguments.ort} is for the page: give --web DIR with it")
     return arguments

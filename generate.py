@@ -131,12 +131,13 @@ def read_photos(paths, c):
     files = []
     for path in paths:
         files += sorted(Path(path) / name for name in data.find_files(path)[0]) if Path(path).is_dir() else [Path(path)]
-    return [f.name for f in files], [data.read_photo(str(f), c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND) for f in files]
+    photos = [data.read_photo(str(f), c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND) for f in bar(files, len(files), "file")]
+    return [f.name for f in files], photos
 
 
 def bar(iterable, total, unit):
     """A progress bar, where there is a terminal for it."""
-    return tqdm(iterable, total=total, unit=unit, disable=not sys.stderr.isatty())
+    return tqdm(iterable, total=total, unit=unit, delay=1, disable=not sys.stderr.isatty())
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -168,15 +169,17 @@ def save_sheet(arguments, name, sheet):
 def write_reconstructions(generator, c, arguments):
     """--reconstruct PHOTO ...: each photo over what encoder and decoder make of it; and that in single files."""
     names, photos = read_photos(arguments.reconstruct, c)
-    made = list(render(generator, latent_space.encode(generator.vae, photos)))
+    z = latent_space.encode(generator.vae, photos)
+    made = list(bar(render(generator, z), len(z), "photo"))
     for i, (name, picture) in enumerate(zip(names, made)):
         pictures.save_picture(arguments.out / f"reconstructed_{i:03d}_{Path(name).stem}.{arguments.format}", picture)
     error = np.abs(np.stack(made).astype(int) - np.stack(photos)).mean()
     print(f"{len(made)} photos, mean error {error:.1f} of 255 levels")
-    columns = min(len(made), 8)
-    parts = [pictures.grid(part[i:i + columns], columns) for i in range(0, len(made), columns)
+    columns, shown = min(len(made), 8), min(len(made), GRID_LIMIT)
+    parts = [pictures.grid(part[i:i + columns], columns) for i in range(0, shown, columns)
              for part in (photos, made)]
-    return save_sheet(arguments, "reconstructed", pictures.stack(parts))
+    labels = ["photos", "reconstructed"] * (len(parts) // 2)
+    return save_sheet(arguments, "reconstructed", pictures.stack(parts, labels))
 
 
 def write_interpolation(generator, c, arguments):
@@ -188,14 +191,18 @@ def write_interpolation(generator, c, arguments):
     z = torch.stack([latent_space.spherical(a, b, t) for t in torch.linspace(0, 1, INTERPOLATED)])
     strip = pictures.grid(list(render(generator, z)), columns=INTERPOLATED)
     ends = [pictures.grid(photo[None]) for photo in photos]
-    return save_sheet(arguments, "interpolation", pictures.beside(ends[0], strip, ends[1]))
+    sheet = pictures.stack([pictures.beside(ends[0], strip, ends[1])], ["photo, from one to the other, photo"])
+    return save_sheet(arguments, "interpolation", sheet)
 
 
-def strengths_sheet(generator, rows, strengths):
-    """Rows of pictures from lists of z (D,), a column for each strength, with the strengths above them."""
+def strengths_sheet(generator, rows, strengths, names=("",)):
+    """Rows of pictures from lists of z (D,), a column for each strength; names: of blocks of rows."""
     made = list(render(generator, torch.stack([z for row in rows for z in row])))
-    label = "strength " + ", ".join(f"{strength:+g}" if strength else "0" for strength in strengths)
-    return pictures.stack([pictures.grid(made, columns=len(strengths))], [label])
+    block = len(made) // len(names)
+    labels = [f"{name} at strength " + ", ".join(f"{strength:+g}" if strength else "0" for strength in strengths)
+              for name in names]
+    return pictures.stack([pictures.grid(made[i * block:(i + 1) * block], columns=len(strengths))
+                           for i in range(len(names))], labels)
 
 
 def write_direction(generator, c, arguments):
@@ -209,7 +216,9 @@ def write_direction(generator, c, arguments):
         start = latent_space.encode(generator.vae, photos)
     else:
         photos, start = [], latent_space.draw_z(arguments.seed, 0, 6, c.LATENT_DIM)
-    sheet = strengths_sheet(generator, [[z + strength * way for strength in EDITS] for z in start], EDITS)
+    if way.norm() < 1e-6:
+        raise InputError("--direction got two folders whose encoded pictures have the same mean: give two that differ")
+    sheet = strengths_sheet(generator, [[z + strength * way for strength in EDITS] for z in start], EDITS, ["B - A"])
     if photos:
         sheet = pictures.beside(pictures.stack([pictures.grid(photos, columns=1)], ["photo"]), sheet)
     print(f"the direction is {way.norm():.2f} long; encoded pictures of B are {b.norm():.2f} from the origin")
@@ -236,7 +245,8 @@ def write_directions(generator, c, arguments):
     share = axes["deviations"].square()
     print(f"the first {arguments.directions} axes hold {share[:arguments.directions].sum() / share.sum():.0%} of the "
           "variance of encoded pictures")
-    return save_sheet(arguments, "directions", strengths_sheet(generator, rows, STRENGTHS))
+    names = [f"axis {number}" for number in range(1, len(rows) + 1)]
+    return save_sheet(arguments, "directions", strengths_sheet(generator, rows, STRENGTHS, names))
 
 
 @torch.inference_mode()
@@ -250,8 +260,9 @@ def write_alpha_maps(generator, c, arguments):
     print(f"alpha: mean {alpha.mean():.2f}, {low:.2f} to {high:.2f}, spread within a picture "
           f"{alpha.std(axis=(1, 2)).mean():.2f}")
     maps = pictures.grid(pictures.heat_map(alpha, low, high, log=True))
-    return save_sheet(arguments, "alpha_maps", pictures.beside(
-        pictures.grid(to_arrays(image)), maps, pictures.colour_bar(low, high, maps.shape[0], log=True)))
+    sheet = pictures.beside(pictures.grid(to_arrays(image)), maps,
+                            pictures.colour_bar(low, high, maps.shape[0], log=True))
+    return save_sheet(arguments, "alpha_maps", pictures.stack([sheet], ["pictures, and their alpha on a log scale"]))
 
 
 # ------------------------------------------------------------------------------------- videos
@@ -289,7 +300,8 @@ def synthetic_frames(generator, c, seed):
     x = generator.vae.decode(latent_space.draw_z(seed, 0, 4, c.LATENT_DIM).to(device_of(generator)))
     changes = layer.video.draw(random_keys.generator(seed, "generate", 0)).to(x)
     for frame in layer.video(x, changes).clamp(0, 1).chunk(c.NUM_FRAMES, dim=1):
-        parts = [pictures.grid(to_arrays(part)) for part in (frame * 2 - 1, layer(frame))]
+        parts = [pictures.stack([pictures.grid(to_arrays(part))], [label])
+                 for part, label in ((frame * 2 - 1, "from the decoder"), (layer(frame), "through the layer"))]
         yield pictures.beside(*parts)
 
 
@@ -311,7 +323,9 @@ def write_video(generator, c, arguments):
     """--video FILE."""
     motion = Motion()
     frames, count, loop = video_frames(generator, c, arguments)
-    fps = arguments.fps if arguments.mode not in ("progress", "synthetic") else min(arguments.fps, 8)
+    fps = arguments.fps
+    if arguments.mode in ("progress", "synthetic"):            # as many frames as there are, over --seconds
+        fps = min(fps, max(1, count / arguments.seconds))
     pictures.save_video(arguments.video, motion.watch(bar(frames, count, "frame"), loop), fps, arguments.loop)
     print(motion.line())
     return arguments.video
@@ -370,6 +384,8 @@ def parse(argv):
         raise InputError("nothing to do: give " + ", ".join(command_line.flag(name.upper()) for name in WRITERS))
     if arguments.video:
         check_video(arguments)
+    if arguments.photos and not arguments.direction and not (arguments.video and arguments.mode == "keyframes"):
+        raise InputError("--photos are for --direction and for --video with --mode keyframes: give one of these")
     run = Path(arguments.run)
     arguments.out = arguments.out or (run if run.is_dir() else run.parent) / "generated"
     return arguments
@@ -384,6 +400,8 @@ def check_video(arguments):
         raise InputError(f"--fps {arguments.fps:g} can't be: give 1 to {limit}")
     if arguments.mode == "keyframes" and not arguments.photos:
         raise InputError("--mode keyframes needs photos: give --photos PHOTO PHOTO ...")
+    if arguments.mode in ("walk", "feedback") and arguments.keyframes < 2:
+        raise InputError(f"--keyframes {arguments.keyframes} can't be: a walk needs 2 or more")
 
 
 def start(argv):

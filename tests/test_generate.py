@@ -166,14 +166,14 @@ def test_photos_are_reconstructed_by_the_encoder(trained, tmp_path, capsys):
                           "--out", str(tmp_path)]) == 0
     assert "9 photos, mean error" in capsys.readouterr().out
     assert len(list(tmp_path.glob("reconstructed_0*.webp"))) == 9
-    assert Image.open(tmp_path / "reconstructed.webp").size == (8 * 34 - 2, 2 * 2 * 32 + 3 * 8)
+    assert Image.open(tmp_path / "reconstructed.webp").size == (8 * 34 - 2, 2 * 2 * (32 + 22))
 
 
 def test_interpolation_begins_and_ends_at_the_photos(trained, tmp_path):
     photos = trained.parents[1] / "photos"
     files = [str(photos / f"000{i}.png") for i in (0, 1)]
     assert generate.main([str(trained), "--interpolate", *files, "--reconstruct", *files, "--out", str(tmp_path)]) == 0
-    strip = read(tmp_path / "interpolation.png")
+    strip = read(tmp_path / "interpolation.png")[22:]
     assert strip.shape == (32, 2 * (32 + 8) + 9 * 34 - 2, 3)
     for left, name in ((40, "reconstructed_000_0000.png"), (40 + 8 * 34, "reconstructed_001_0001.png")):
         assert np.abs(strip[:, left:left + 32] - read(tmp_path / name)).max() <= 1
@@ -195,7 +195,7 @@ def test_principal_axes_are_shown_at_their_strengths(trained, tmp_path, capsys):
     assert generate.main([str(trained), "--directions", "3", "--out", str(tmp_path)]) == 0
     assert "hold" in capsys.readouterr().out
     sheet = read(tmp_path / "directions.png")
-    assert sheet.shape[0] == 22 + 3 * 34 - 2 and (sheet[-32:, :32] != sheet[-32:, -32:]).any()
+    assert sheet.shape[0] == 3 * (22 + 32) and (sheet[-32:, :32] != sheet[-32:, 6 * 34:][:, :32]).any()
     assert generate.main([str(trained), "--directions", "99", "--out", str(tmp_path)]) == 2
     assert "this run has 8" in capsys.readouterr().err
 
@@ -218,7 +218,7 @@ def test_without_stored_axes_they_are_made_from_the_runs_images(trained, tmp_pat
 
 def test_alpha_maps_stand_beside_their_pictures(trained, tmp_path, capsys):
     assert generate.main([str(trained), "--alpha-maps", "4", "--images", "4", "--out", str(tmp_path)]) == 0
-    grid, sheet = read(tmp_path / "grid.png"), read(tmp_path / "alpha_maps.png")
+    grid, sheet = read(tmp_path / "grid.png"), read(tmp_path / "alpha_maps.png")[22:]
     assert np.abs(sheet[:66, :66] - grid).max() <= 1 and sheet.shape[1] > 2 * 66
     assert "alpha: mean" in capsys.readouterr().out
 
@@ -241,11 +241,14 @@ def test_alpha_maps_stand_beside_their_pictures(trained, tmp_path, capsys):
     (["{run}", "--interpolate", "{photo}"], "--interpolate"),
     (["{run}", "--direction", "{tmp}/none", "{tmp}/none"], "no such folder"),
     (["{run}", "--images", "1", "--format", "bmp"], "--format"),
+    (["{run}", "--direction", "{photos}", "{photos}"], "the same mean"),
+    (["{run}", "--video", "{tmp}/a.gif", "--keyframes", "1"], "2 or more"),
+    (["{run}", "--images", "1", "--photos", "{photo}"], "--photos are for"),
     (["{run}", "--images", "1", "--device", "tpu"], "tpu"), ([], "RUN")])
 def test_bad_input_is_one_line_and_status_2(trained, tmp_path, capsys, argv, words):
     (tmp_path / "file").write_text("a file in the way")
-    names = {"run": trained, "tmp": tmp_path, "photo": trained.parents[1] / "photos" / "0000.png",
-             "file": next((trained / "checkpoints").iterdir())}
+    names = {"run": trained, "tmp": tmp_path, "photos": trained.parents[1] / "photos",
+             "photo": trained.parents[1] / "photos" / "0000.png", "file": next((trained / "checkpoints").iterdir())}
     assert generate.main([a.format(**names) for a in argv]) == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and text.startswith("generate.py: ") and words in text, text
