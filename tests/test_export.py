@@ -8,9 +8,7 @@ import io
 import itertools
 import json
 import os
-import select
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chromium import Chromium
 from conftest import SMALL, draw_images
 from PIL import Image
 
@@ -29,11 +28,6 @@ import generate
 import latent_space
 import model_definitions
 import training
-
-try:
-    import fcntl
-except ImportError:             # Windows, where the browser's pipe can't be handed over like this
-    fcntl = None
 
 
 @pytest.fixture(scope="module")
@@ -236,57 +230,8 @@ def test_npm_that_fails_is_one_line_and_leaves_nothing(trained, made, monkeypatc
 
 # ------------------------------------------------------------------------------------- in a browser
 
-class Browser:
-    """A headless Chromium, driven by the Chrome DevTools Protocol over its pipe: JSON that ends with a zero byte."""
-
-    def __init__(self, profile):
-        to_browser, self.write = os.pipe()
-        self.read, from_browser = os.pipe()
-        given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_browser, from_browser)]
-        self.process = subprocess.Popen(
-            [find_chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-             "--no-first-run", "--disable-background-networking", "--remote-debugging-pipe",
-             f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=lambda: (os.dup2(given[0], 3), os.dup2(given[1], 4)), close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for end in (to_browser, from_browser, *given):
-            os.close(end)
-        self.events, self.buffer, self.numbers, self.session = [], b"", itertools.count(1), {}
-        page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=page["targetId"],
-                                               flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **parameters):
-        """Sends a command, keeps the events that come meanwhile, returns the answer."""
-        number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters, **self.session}
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.buffer:
-                if not select.select([self.read], [], [], 120)[0]:
-                    raise TimeoutError(method)
-                self.buffer += os.read(self.read, 1 << 20)
-            text, _, self.buffer = self.buffer.partition(b"\0")
-            answer = json.loads(text)
-            if answer.get("id") == number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def value(self, expression):
-        """What an expression, or the promise that it gives, is in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, expression, seconds=60):
-        end = time.monotonic() + seconds
-        while not self.value(expression):
-            shown = self.value("document.body.innerText")
-            assert time.monotonic() < end, f"not within {seconds} s: {expression}; the page shows {shown}"
-            time.sleep(0.05)
+class Browser(Chromium):
+    """A browser that shows a page of export.py."""
 
     def open(self, url):
         self.call("Page.navigate", url=url)
@@ -295,11 +240,6 @@ class Browser:
         """The picture on the page, int (H, W, 3)."""
         text = self.value("document.querySelector('canvas').toDataURL()")
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2]))).convert("RGB")).astype(int)
-
-    def press(self, key, code):
-        for kind in ("rawKeyDown", "char", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code,
-                      **({"text": "\r"} if kind == "char" else {}))
 
     def click(self, selector):
         """A mouse click in the middle of an element."""
@@ -315,22 +255,9 @@ class Browser:
                 or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] in ("error", "warning"))
                 or (e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "warning"))]
 
-    def close(self):
-        self.process.terminate()
-        self.process.wait()
-        os.close(self.write)
-        os.close(self.read)
-
-
-def find_chromium():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((found for found in map(shutil.which, names) if found), None)
-
 
 @pytest.fixture
 def browser(tmp_path):
-    if fcntl is None or find_chromium() is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     browser = Browser(tmp_path / "profile")
     yield browser
     browser.close()
@@ -390,13 +317,13 @@ def test_the_page_draws_what_torch_draws_and_answers_click_slider_key_and_walk(t
     assert np.abs(browser.pixels() - first).max() > 1
 
     browser.value("document.querySelector('#number').value = 1; document.querySelector('#number').focus()")
-    browser.press("Enter", 13)
+    browser.press("Enter")
     browser.wait(f"document.querySelector('#status').textContent === 'Number 1' && {READY}")
     assert np.array_equal(browser.pixels(), first)                          # a number is a picture
 
     browser.value("document.querySelector('#axis2').focus()")
     for _ in range(10):
-        browser.press("ArrowRight", 39)
+        browser.press("ArrowRight")
     browser.wait(f"document.querySelector('#value2').textContent === '+1.0' && {READY}")
     axes = checkpoints.find(trained)[1]["axes"]
     want = 127.5 * (load(trained)((z + axes["deviations"][2] * axes["axes"][2])[None])[0].permute(1, 2, 0).numpy() + 1)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -259,3 +261,19 @@ def test_without_pyav_an_mp4_is_refused_before_any_work(trained, tmp_path, capsy
     monkeypatch.setattr(generate.pictures.importlib.util, "find_spec", lambda name: None)
     assert generate.main([str(trained), "--video", str(tmp_path / "a.mp4")]) == 2
     assert "pip install av" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the model that comes along
+
+def test_the_pretrained_model_makes_pictures_without_any_training(tmp_path, capsys):
+    file = Path(generate.__file__).parent / "pretrained" / "avatars64.pt"
+    assert file.stat().st_size <= 8e6
+    assert generate.main([str(file), "--images", "16", "--directions", "2", "--out", str(tmp_path)]) == 0
+    made = np.stack([read(tmp_path / f"{i:05d}.png") for i in range(16)])
+    assert made.shape == (16, 64, 64, 3) and made.std(axis=0).mean() > 30         # 16 pictures that differ
+    across, down = (np.abs(np.diff(made, axis=axis)).mean() for axis in (1, 2))
+    assert max(across, down) < 0.4 * made.std()                                    # and are no noise
+    saved = torch.load(file, weights_only=True)
+    assert all(w.dtype == torch.float16 for w in saved["ema"].values() if w.is_floating_point())
+    assert "Pablo Stanley" in saved["about"]["text"] and saved["counters"]["step"] > 0
+    assert not {"generator", "critic"} & set(saved) and "/" not in saved["constants"]["DATA"]

@@ -6,19 +6,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import time
 
 import numpy as np
 import pytest
+from chromium import Chromium
 from conftest import SMALL
 from PIL import Image
 
 import config
 import pictures
 import report
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def make_run(folder, steps=(0, 50, 100), side=16, lines=30, **values):
@@ -336,51 +333,8 @@ def test_only_a_live_page_reloads(folder):
 
 # ------------------------------------------------------------------------------------- in a browser
 
-class Browser:
-    """Headless Chromium, spoken to over a pipe in its DevTools protocol."""
-
-    def __init__(self, profile):
-        (commands, self.commands), (self.answers, answers) = os.pipe(), os.pipe()
-        self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", CHROMIUM, "--headless=new", "--no-sandbox",
-             "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--no-first-run",
-             f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
-            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(commands)
-        os.close(answers)
-        self.count, self.rest, self.events, self.session = 0, b"", [], {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **parameters):
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": parameters, **self.session}
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.rest:
-                received = os.read(self.answers, 1 << 20)
-                assert received, "the browser has ended"
-                self.rest += received
-            answer, _, self.rest = self.rest.partition(b"\0")
-            answer = json.loads(answer)
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def js(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, expression):
-        for _ in range(200):
-            if self.js(expression):
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"not within 10 s: {expression}")
+class Browser(Chromium):
+    """A browser that shows a page of report.py, from its file."""
 
     def open(self, file, width=1000, **media):
         """Shows a page anew; media: prefers_color_scheme="dark" and such."""
@@ -393,11 +347,6 @@ class Browser:
         self.call("Page.navigate", url=file.as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
-    def key(self, name):
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=name, code=name, windowsVirtualKeyCode={
-            "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9}[name])
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=name, code=name)
-
     def complaints(self):
         """What the console says, and what was asked of a network."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
@@ -408,7 +357,7 @@ class Browser:
 
     def colour(self, kind):
         """The middle of a sheet as the page shows it, (r, g, b)."""
-        return self.js(f"""(async () => {{
+        return self.value(f"""(async () => {{
             const image = document.getElementById("{kind}"), canvas = document.createElement("canvas");
             await image.decode();
             canvas.width = canvas.height = 1;
@@ -417,25 +366,17 @@ class Browser:
             return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
         }})()""")
 
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        os.close(self.commands)
-        os.close(self.answers)
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if CHROMIUM is None or shutil.which("bash") is None:
-        pytest.skip("needs chromium and bash: apt-get install chromium")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
 
 
 def assert_shown(browser, i, step):
-    assert browser.js("document.getElementById('at').value") == str(step)
-    assert browser.js("document.getElementById('time').getAttribute('aria-valuetext')") == f"step {step}"
+    assert browser.value("document.getElementById('at').value") == str(step)
+    assert browser.value("document.getElementById('time').getAttribute('aria-valuetext')") == f"step {step}"
     for kind, colour in colours(i).items():
         np.testing.assert_allclose(browser.colour(kind), colour, atol=8, err_msg=kind)
 
@@ -452,28 +393,28 @@ def test_slider_and_keys_change_the_pictures(browser, folder):
     browser.open(report.write(folder))
     assert_shown(browser, 2, 100)                               # the newest first
     line = "document.querySelector('#score_gap .at').getBoundingClientRect().left"
-    newest = browser.js(line)
-    browser.js("document.getElementById('time').focus()")
-    browser.key("ArrowLeft")
+    newest = browser.value(line)
+    browser.value("document.getElementById('time').focus()")
+    browser.press("ArrowLeft")
     assert_shown(browser, 1, 50)
-    assert browser.js(line) < newest                            # the curves mark the same step
-    browser.key("Home")
+    assert browser.value(line) < newest                            # the curves mark the same step
+    browser.press("Home")
     assert_shown(browser, 0, 0)
-    browser.key("ArrowRight")
+    browser.press("ArrowRight")
     assert_shown(browser, 1, 50)
-    assert browser.js("document.getElementById('generated').alt") == "Generated pictures, step 50"
+    assert browser.value("document.getElementById('generated').alt") == "Generated pictures, step 50"
     assert browser.complaints() == []
 
 
 def test_curves_tell_their_values_under_the_pointer(browser, folder):
     browser.open(report.write(folder))
-    browser.js("document.getElementById('curves').scrollIntoView()")
-    box = browser.js("(r => [r.x, r.y, r.width, r.height])(document.querySelector('#score_gap svg')"
+    browser.value("document.getElementById('curves').scrollIntoView()")
+    box = browser.value("(r => [r.x, r.y, r.width, r.height])(document.querySelector('#score_gap svg')"
                      ".getBoundingClientRect())")
     middle = (report.LEFT + report.RIGHT) / 2 / report.WIDTH    # step 300 of 600
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + middle * box[2], y=box[1] + box[3] / 2)
-    assert browser.js("document.querySelector('#score_gap output').value") == "step 300: 8"
-    assert browser.js("document.querySelector('#gradient_norm output').value") == "step 300: 1.25"
+    assert browser.value("document.querySelector('#score_gap output').value") == "step 300: 8"
+    assert browser.value("document.querySelector('#gradient_norm output').value") == "step 300: 1.25"
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
     browser.wait("document.querySelector('#score_gap output').value === '11'")
     assert browser.complaints() == []
@@ -482,10 +423,10 @@ def test_curves_tell_their_values_under_the_pointer(browser, folder):
 def test_live_page_reloads_and_keeps_its_place(browser, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RELOAD_SECONDS", 0.4)
     browser.open(report.write(folder, live=True), width=390)
-    browser.js("document.getElementById('time').focus(); document.getElementById('all-constants')"
+    browser.value("document.getElementById('time').focus(); document.getElementById('all-constants')"
                " && (document.getElementById('all-constants').open = true); scrollTo(0, 700)")
-    browser.key("ArrowLeft")
-    browser.js("window.old = true")
+    browser.press("ArrowLeft")
+    browser.value("window.old = true")
     make_run(tmp_path / "later", steps=(0, 50, 100, 200))
     for file in (tmp_path / "later" / "samples").glob("step_00000200_*"):
         shutil.copy(file, folder / "samples")
@@ -493,9 +434,9 @@ def test_live_page_reloads_and_keeps_its_place(browser, folder, tmp_path, monkey
     report.write(folder, live=True)
     browser.wait("!window.old && document.readyState === 'complete' && document.getElementById('time')?.max === '3'")
     assert_shown(browser, 1, 50)
-    assert browser.js("document.getElementById('all-constants').open")
-    assert browser.js("document.activeElement.id") == "time"
-    assert abs(browser.js("scrollY") - 700) < 3
+    assert browser.value("document.getElementById('all-constants').open")
+    assert browser.value("document.activeElement.id") == "time"
+    assert abs(browser.value("scrollY") - 700) < 3
     assert browser.complaints() == []
 
 
@@ -505,18 +446,18 @@ def test_page_at_the_newest_step_follows_the_run(browser, folder, tmp_path):
     for file in (tmp_path / "later" / "samples").glob("step_00000200_*"):
         shutil.copy(file, folder / "samples")
     report.write(folder)
-    browser.js("window.old = true; location.reload()")
+    browser.value("window.old = true; location.reload()")
     browser.wait("!window.old && document.readyState === 'complete' && document.getElementById('time')?.max === '3'")
     assert_shown(browser, 3, 200)
 
 
 def test_playing_goes_on_over_a_reload_to_the_end(browser, folder):
     browser.open(report.write(folder))
-    browser.js("document.getElementById('play').click()")       # at the end: begins anew
-    assert browser.js("document.getElementById('at').value") == "0"
-    browser.js("window.old = true; location.reload()")
+    browser.value("document.getElementById('play').click()")       # at the end: begins anew
+    assert browser.value("document.getElementById('at').value") == "0"
+    browser.value("window.old = true; location.reload()")
     browser.wait("!window.old && document.readyState === 'complete'")
-    assert browser.js("document.getElementById('play').textContent") == "Pause"
+    assert browser.value("document.getElementById('play').textContent") == "Pause"
     browser.wait("document.getElementById('at').value === '100'")
     browser.wait("document.getElementById('play').textContent === 'Play'")
 
@@ -525,11 +466,11 @@ def test_video_stands_still_for_who_wants_less_motion(browser, folder):
     page = report.write(folder)
     moving = "document.getElementById('video').src === document.getElementById('video').dataset.moving"
     browser.open(page, prefers_reduced_motion="no-preference")
-    assert browser.js(moving)
+    assert browser.value(moving)
     browser.open(page, prefers_reduced_motion="reduce")
-    assert not browser.js(moving)
-    browser.js("document.getElementById('move').click()")
-    assert browser.js(moving)
+    assert not browser.value(moving)
+    browser.value("document.getElementById('move').click()")
+    assert browser.value(moving)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -538,9 +479,9 @@ def test_page_fits_its_width_and_can_be_read(browser, tmp_path, width, scheme):
     folder = make_run(tmp_path / ("a_long_name_" * 8), evaluate_kid=3)
     (folder / "skipped.txt").write_text("deep/" * 40 + "photo.jpg: broken\n")
     browser.open(report.write(folder), width=width, prefers_color_scheme=scheme)
-    browser.js("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-    assert browser.js("document.documentElement.scrollWidth") <= width
-    contrasts = browser.js("""(() => {
+    browser.value("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    contrasts = browser.value("""(() => {
         const light = text => {
             const [r, g, b] = text.match(/[\\d.]+/g).map(v => v / 255).map(
                 v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -552,13 +493,13 @@ def test_page_fits_its_width_and_can_be_read(browser, tmp_path, width, scheme):
             .map(ink => (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05));
     })()""")
     assert len(contrasts) > 50 and min(contrasts) >= 4.5        # WCAG 2.2, 1.4.3
-    assert browser.js("document.querySelectorAll('img:not([alt]), img[alt=\"\"]').length") == 0
-    assert browser.js("[...document.querySelectorAll('button')].every(button => button.innerText.trim())")
+    assert browser.value("document.querySelectorAll('img:not([alt]), img[alt=\"\"]').length") == 0
+    assert browser.value("[...document.querySelectorAll('button')].every(button => button.innerText.trim())")
 
 
 def test_page_without_anything_runs_without_an_error(browser, tmp_path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "metrics.jsonl").write_text("")
     browser.open(report.write(tmp_path / "bare", live=True))
-    assert "No sample sheets yet" in browser.js("document.body.innerText")
+    assert "No sample sheets yet" in browser.value("document.body.innerText")
     assert browser.complaints() == []

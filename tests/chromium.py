@@ -1,0 +1,80 @@
+"""A headless Chromium for tests of pages, driven by the Chrome DevTools Protocol over its pipe: JSON that ends with a
+zero byte. Needs nothing but the browser (Debian: apt-get install chromium) and bash, which hands the pipe over."""
+
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9, "Enter": 13}
+SECONDS = 120                       # that an answer may take
+
+
+class Chromium:
+    """A browser with one page. Events that come meanwhile are kept in `events`."""
+
+    def __init__(self, profile):
+        program = next((found for found in map(shutil.which, NAMES) if found), None)
+        if program is None or shutil.which("bash") is None:
+            pytest.skip("no Chromium on this machine (Debian: apt-get install chromium), or no bash")
+        (commands, self.commands), (self.answers, answers) = os.pipe(), os.pipe()
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", program, "--headless=new", "--no-sandbox",
+             "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--no-first-run",
+             f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"],
+            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(answers)
+        self.numbers, self.rest, self.events, self.session = itertools.count(1), b"", [], {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **parameters):
+        """Sends a command and returns its answer."""
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters, **self.session}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.answers], [], [], SECONDS)[0], f"no answer to {method}"
+                received = os.read(self.answers, 1 << 20)
+                assert received, "the browser has ended"
+                self.rest += received
+            text, _, self.rest = self.rest.partition(b"\0")
+            answer = json.loads(text)
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def value(self, expression):
+        """What an expression, or the promise that it gives, is in the page."""
+        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def wait(self, expression, seconds=60):
+        end = time.monotonic() + seconds
+        while not self.value(expression):
+            shown = self.value("document.body.innerText")
+            assert time.monotonic() < end, f"not within {seconds} s: {expression}; the page shows {shown}"
+            time.sleep(0.05)
+
+    def press(self, key):
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": "\r"} if key == "Enter" else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.commands)
+        os.close(self.answers)
