@@ -580,7 +580,7 @@ def test_the_score_is_of_the_averaged_generator_from_the_same_noise(run, tmp_pat
     real_generate = training.evaluate.generate
     monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
     monkeypatch.setattr(training.evaluate, "generate",
-                        lambda *args: calls.append((args, real_generate(*args))) or calls[-1][1])
+                        lambda *args, **more: calls.append((args, real_generate(*args, **more))) or calls[-1][1])
     assert run("--steps", "4", "--evaluate-every", "2", "--evaluate-count", "6") == 0
     assert [args[1:] for args, _ in calls] == [(16, 6, 0)] * 2
     assert not any(p.requires_grad for p in calls[0][0][0].parameters())           # the averaged one
