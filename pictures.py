@@ -5,7 +5,6 @@ around them has one grey, PANEL, dark enough for a dark page and light enough fo
 """
 
 import contextlib
-import importlib.util
 import itertools
 import math
 import os
@@ -196,8 +195,12 @@ def missing_for(file):
     suffix = Path(file).suffix.lower()
     if suffix not in ("", *VIDEO_SUFFIXES):
         return f"{suffix} is no kind of video: give a name that ends with {', '.join(VIDEO_SUFFIXES)}, or a folder's"
-    if suffix == ".mp4" and importlib.util.find_spec("av") is None:
-        return "an mp4 needs PyAV, which is not installed: pip install av, or give a name that ends with .webp or .gif"
+    if suffix == ".mp4":
+        try:
+            import av  # noqa: F401  optional: requirements-extras.txt
+        except (ImportError, OSError) as error:          # not installed, or its libraries are not to be had
+            return (f"an mp4 needs PyAV, and {str(error).splitlines()[0]}: pip install av, or give a name that ends "
+                    "with .webp or .gif")
     if suffix == "" and Path(file).exists():
         return "it exists already, and the frames would mix with what is in it: give another name"
     return None

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +259,7 @@ def test_bad_input_is_one_line_and_status_2(trained, tmp_path, capsys, argv, wor
 
 
 def test_without_pyav_an_mp4_is_refused_before_any_work(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate.pictures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "av", None)                        # importing it raises ImportError then
     assert generate.main([str(trained), "--video", str(tmp_path / "a.mp4")]) == 2
     assert "pip install av" in capsys.readouterr().err
 
