@@ -174,7 +174,7 @@ def make_batch(state, c, image_set, update):
 
     changes, walk = state.generator.layer.video.draw(state.draw(c, "video", update)), None
     chance = state.draw(c, "feedback", update)
-    if torch.rand((), generator=chance) < c.FEEDBACK_PROB:
+    if c.NUM_FRAMES > 1 and torch.rand((), generator=chance) < c.FEEDBACK_PROB:
         walk = Walk(*(to_device(tensor[share], state.device) for tensor in (
             torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=chance), torch.rand(c.BATCH_SIZE, 1, generator=chance))))
     return Batch(update, real_batch(state, c, image_set, update),
