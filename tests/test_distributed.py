@@ -249,6 +249,7 @@ def test_a_signal_to_one_or_all_stops_all_at_one_step_with_a_checkpoint(folder, 
 @pytest.mark.slow
 def test_when_one_dies_the_others_leave_with_a_line_and_the_checkpoint_is_whole(folder):
     process = running(folder, "--checkpoint-every", "2")
+    wait_for_step(folder, 4)                           # the checkpoint of step 2 is written before step 3 is logged
     begun = time.monotonic()
     os.kill(workers(process)[1], signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
