@@ -130,7 +130,7 @@ class Raises(nn.Module):
 def test_a_torchscript_file_gets_floats_from_0_to_1(tmp_path, channels):
     torch.jit.script(Means()).save(tmp_path / "means.pt")
     extractor = extractors.choose(str(tmp_path / "means.pt"), CPU, side=40)
-    pixels = images(extractors.BATCH + 1, channels=channels)
+    pixels = images(extractors.CPU_BATCH + 1, channels=channels)
     expected = pixels.double().mean((2, 3)).expand(-1, 3).float() / 255
     torch.testing.assert_close(extractor(pixels), expected)
     assert extractor.name == "means.pt, 3 features, pictures at their own size"
