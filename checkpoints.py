@@ -26,6 +26,8 @@ REQUIRED = {"format", "constants", "counters", "ema"}        # what weights for 
 class CheckpointError(Exception):
     """No checkpoint can be read; the message is one line that names the file and the reason."""
 
+    status = 2                  # of the process that ends by it
+
 
 def write_atomically(file, write):
     """Calls write(binary handle) on a temporary file beside `file` and renames it: `file` is old or new, never half.

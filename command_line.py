@@ -47,6 +47,8 @@ MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", 
 class InputError(Exception):
     """Something that the user gave can't be used; the message is one line that names it and the mend."""
 
+    status = 2                  # of the process that ends by it
+
 
 def constants_with_comments():
     """{name: (value, comment)} for every constant of config.py, in its order."""
@@ -86,6 +88,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message}; --help lists what is allowed")
+
+
+def split(argv):
+    """(a script's own flags, those behind -- that are training.py's); argv None: the command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    return argv[:end], argv[end + 1:]
 
 
 def make_parser(program, description):

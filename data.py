@@ -66,6 +66,8 @@ ORIENTATION = {    # EXIF orientation to the transposition that makes the pictur
 class DataError(Exception):
     """Bad input or a full disk: one line for the user. Scripts print it and exit with status 2."""
 
+    status = 2                  # of the process that ends by it
+
 
 class Unusable(Exception):
     """A file that cannot become a training image; the message is the reason, short and without the path."""
@@ -627,3 +629,8 @@ def to_image(pixels):
 def to_uint8(image):
     """[-1, 1] to uint8, rounded and clamped: the exact inverse of to_image."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def to_arrays(image):
+    """image (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C)."""
+    return to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()

@@ -19,7 +19,12 @@ TALK_TIMEOUT = datetime.timedelta(hours=3)            # one process may decode a
 
 
 class RankError(Exception):
-    """Another process has left, or differs from this one; the message is one line, empty where another one says it."""
+    """Another process has left, differs from this one, or failed; the message is one line, empty where another one says
+    it."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status                           # of the process that ends by it
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,14 @@ def started_by_torchrun():
 
 def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def own_device(device):
+    """Under torchrun the GPU that is this process's, made its current one; any other device as it is."""
+    if device.type == "cuda" and started_by_torchrun():
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager
@@ -127,34 +140,40 @@ def gathered(ranks, thing):
     return everyone
 
 
-def on_first(ranks, function):
-    """What function() gives on the first process, on all of them: a plain object or CPU tensors.
+def together(ranks, function, here):
+    """What function() gives where `here` is true, None elsewhere, when all such processes are done.
 
-    What it raises is raised there, and a RankError without a message elsewhere."""
-    if ranks.size == 1:
-        return function()
+    What it raises is raised there; all others then raise a RankError without a message, with the exit status of what
+    was raised: torchrun reports whoever ends first.
+    """
     result, error = None, None
-    if ranks.first:
+    if here:
         try:
             result = function()
         except BaseException as raised:                # Ctrl-C too: the others wait
             error = raised
-    box = [(error is not None, result)]
-    dist.broadcast_object_list(box, src=0, group=ranks.talk)
+    statuses = gathered(ranks, None if error is None else getattr(error, "status", 1))
     if error is not None:
         raise error
-    failed, result = box[0]
-    if failed:
-        raise RankError("")
+    if any(status is not None for status in statuses):
+        raise RankError("", next(status for status in statuses if status is not None))
     return result
 
 
+def on_first(ranks, function):
+    """What function() gives on the first process, on all of them: a plain object or CPU tensors. Raises as together."""
+    if ranks.size == 1:
+        return function()
+    box = [together(ranks, function, ranks.first)]
+    dist.broadcast_object_list(box, src=0, group=ranks.talk)
+    return box[0]
+
+
 def in_turn(ranks, function):
-    """function() on the first process of each machine, and when they are done, on the others."""
-    done = ranks.local_rank == 0
-    result = function() if done else None
-    wait_for_all(ranks)
-    return result if done else function()
+    """function() on the first process of each machine, and when they are done, on the others. Raises as together."""
+    first = ranks.local_rank == 0
+    result = together(ranks, function, first)
+    return result if first else function()
 
 
 def check_equal(ranks, thing, what):

@@ -11,7 +11,6 @@ with it what torch draws: status 1 where it does not, 2 for bad input.
 
 import functools
 import importlib
-import io
 import json
 import os
 import shutil
@@ -53,7 +52,7 @@ def weights_only(saved, about=""):
     """What a shared file holds of a loaded checkpoint: the averaged weights in half precision, and no private path."""
     constants = {**saved["constants"], "DATA": PureWindowsPath(saved["constants"]["DATA"]).name,    # takes / and \
                  "RUNS_DIR": config.RUNS_DIR}
-    weights = {"format": checkpoints.FORMAT, "constants": constants,
+    weights = {"constants": constants,
                "ema": {name: tensor.half() if tensor.is_floating_point() else tensor
                        for name, tensor in saved["ema"].items()},
                "counters": {name: saved["counters"][name] for name in ("step", "images_seen")},
@@ -65,12 +64,11 @@ def weights_only(saved, about=""):
 
 def write_weights(file, saved, generator, c, about):
     """The file, and a line about it. Raises OSError."""
-    weights, buffer = weights_only(saved, about), io.BytesIO()
+    weights = weights_only(saved, about)
     shared, _ = model_definitions.from_checkpoint(weights, "cpu")
     z = latent_space.draw_z(0, 0, 16, c.LATENT_DIM)
     difference = 127.5 * (draw(generator, z) - draw(shared, z)).abs().max().item()
-    torch.save(weights, buffer)
-    checkpoints.write_atomically(file, lambda handle: handle.write(buffer.getbuffer()))
+    checkpoints.save_as(file, weights)
     print(f"{file}: {megabytes(file)}, {time_line('torch', lambda: draw(shared, z[:1]))}; half precision changed 16 "
           f"pictures by at most {difference:.2f} levels of 255")
 

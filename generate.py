@@ -54,11 +54,6 @@ MODES = ("walk", "keyframes", "feedback", "synthetic", "progress")
 
 # ------------------------------------------------------------------------------------- rendering
 
-def to_arrays(image):
-    """image (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C)."""
-    return data.to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def device_of(generator):
     return next(generator.parameters()).device
 
@@ -67,7 +62,7 @@ def device_of(generator):
 def render(generator, z, batch_size=16):
     """z (N, LATENT_DIM) -> uint8 arrays (H, W, C), one after the other, a batch at a time."""
     for part in z.split(batch_size):
-        yield from to_arrays(generator(part.to(device_of(generator))))
+        yield from data.to_arrays(generator(part.to(device_of(generator))))
 
 
 @torch.inference_mode()
@@ -260,7 +255,7 @@ def write_alpha_maps(generator, c, arguments):
     print(f"alpha: mean {alpha.mean():.2f}, {low:.2f} to {high:.2f}, spread within a picture "
           f"{alpha.std(axis=(1, 2)).mean():.2f}")
     maps = pictures.grid(pictures.heat_map(alpha, low, high, log=True))
-    sheet = pictures.beside(pictures.grid(to_arrays(image)), maps,
+    sheet = pictures.beside(pictures.grid(data.to_arrays(image)), maps,
                             pictures.colour_bar(low, high, maps.shape[0], log=True))
     return save_sheet(arguments, "alpha_maps", pictures.stack([sheet], ["pictures, and their alpha on a log scale"]))
 
@@ -288,7 +283,7 @@ def video_frames(generator, c, arguments):
     # A loop comes round to its start with the window that it left with.
     before = min(count, c.NUM_FRAMES - 1) if loop else 0
     images = feedback(generator, torch.cat([z[count - before:], z]))
-    frames = (pictures.grid(to_arrays(image)) for i, (image, _) in enumerate(images) if i >= before)
+    frames = (pictures.grid(data.to_arrays(image)) for i, (image, _) in enumerate(images) if i >= before)
     return frames, count, loop
 
 
@@ -300,7 +295,7 @@ def synthetic_frames(generator, c, seed):
     x = generator.vae.decode(latent_space.draw_z(seed, 0, 4, c.LATENT_DIM).to(device_of(generator)))
     changes = layer.video.draw(random_keys.generator(seed, "generate", 0)).to(x)
     for frame in layer.video(x, changes).clamp(0, 1).chunk(c.NUM_FRAMES, dim=1):
-        parts = [pictures.stack([pictures.grid(to_arrays(part))], [label])
+        parts = [pictures.stack([pictures.grid(data.to_arrays(part))], [label])
                  for part, label in ((frame * 2 - 1, "from the decoder"), (layer(frame), "through the layer"))]
         yield pictures.beside(*parts)
 

@@ -44,23 +44,18 @@ def write_samples(state, c, image_set, folder):
     image, alpha = in_batches(state.ema.image_and_alpha, z)
     reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
     frames = state.ema.layer.frames(state.ema.vae.decode(z[:4].to(state.device)))
-    video = [pictures.grid(to_array(frame * 2 - 1), columns=4) for frame in frames.chunk(c.NUM_FRAMES, dim=1)]
+    video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames.chunk(c.NUM_FRAMES, dim=1)]
 
     name = f"step_{state.counters['step']:08d}"
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
     maps = pictures.heat_map(alpha.mean(1).numpy(), low, high, log=True)
-    for kind, sheet in (("real", to_array(data.to_image(real))), ("generated", to_array(image)),
-                        ("reconstructed", to_array(reconstructed)), ("alpha", maps)):
+    for kind, sheet in (("real", data.to_arrays(data.to_image(real))), ("generated", data.to_arrays(image)),
+                        ("reconstructed", data.to_arrays(reconstructed)), ("alpha", maps)):
         sheet = pictures.grid(sheet, columns)
         if kind == "alpha":
             sheet = pictures.beside(sheet, pictures.colour_bar(low, high, sheet.shape[0], log=True))
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
-
-
-def to_array(image):
-    """image (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C)."""
-    return data.to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def say(line):

@@ -111,7 +111,7 @@ def continue_or_start(c, given, device, ranks):
     def find():
         found = checkpoints.newest(folder / "checkpoints", set_aside=True)
         if found is None:
-            return start_from(state, c) if c.INIT_FROM else None
+            return weights_to_start_from(c) if c.INIT_FROM else None
         check_continuing(c, given, found[1]["constants"])
         return found
 
@@ -119,9 +119,8 @@ def continue_or_start(c, given, device, ranks):
     if found is None:
         return state
     file, saved = found
-    if file is None:                             # only weights, of INIT_FROM
-        for part in saved:
-            getattr(state, part).load_state_dict(saved[part])
+    if "constants" not in saved:                 # weights alone, of INIT_FROM
+        start_from(state, file, saved)
         return state
     load_state(state, file, saved)
     counters, before = state.counters, saved["constants"]
@@ -135,24 +134,27 @@ def continue_or_start(c, given, device, ranks):
     return state
 
 
-def start_from(state, c):
-    """(None, {part of the state: weights}) of INIT_FROM for a new run: its averaged generator, and its critic where the
+def weights_to_start_from(c):
+    """(file, {part of the state: weights}) of INIT_FROM for a new run: its averaged generator, and its critic where the
     file has one."""
     file, saved = checkpoints.find(c.INIT_FROM)
     others = [name for name in SIZES if saved["constants"].get(name) != getattr(c, name)]
     if others:
         fitting = " ".join(command_line.as_given(name, saved["constants"].get(name)) for name in others)
         raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
-    parts = {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))
-             if source in saved}
+    return file, {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))
+                  if source in saved}
+
+
+def start_from(state, file, weights):
+    """Gives a new run's networks the weights of a file. Raises CheckpointError where its networks are others."""
     try:
-        for part, weights in parts.items():
-            getattr(state, part).load_state_dict(weights)
+        for part in weights:
+            getattr(state, part).load_state_dict(weights[part])
     except RuntimeError as error:
         raise CheckpointError(f"{file}: its networks are not those of this version "
                               f"({str(error).splitlines()[0]}): use a file of this version") from None
-    print(f"starting from {file}" + ("" if "critic" in saved else ", with a new critic: the file holds none"))
-    return None, parts
+    print(f"starting from {file}" + ("" if "critic" in weights else ", with a new critic: the file holds none"))
 
 
 def load_state(state, file, saved):
@@ -314,6 +316,8 @@ class Evaluation:
 class Lost(Exception):
     """Training went back MAX_ROLLBACKS times and is not finite again; the message is one line with what to try."""
 
+    status = 1
+
 
 def roll_back(state, c, saver, log):
     """Back to the last good checkpoint, with half the learning rates and new random draws; saved at once.
@@ -418,10 +422,7 @@ def finish(state, image_set, saver, stop):
 
 def start(argv):
     c, given = prepare_constants(argv)
-    device = command_line.choose_device(c.DEVICE)
-    if device.type == "cuda" and distributed.started_by_torchrun():
-        device = torch.device("cuda", distributed.local_rank())
-        torch.cuda.set_device(device)
+    device = distributed.own_device(command_line.choose_device(c.DEVICE))
     set_up(device, c)
     folder = Path(c.RUNS_DIR) / c.RUN
     with distributed.joined(device) as ranks, contextlib.ExitStack() as held:
@@ -481,7 +482,7 @@ def main(argv=None):
     except (Lost, distributed.RankError) as error:
         if str(error):
             print(f"training.py: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except OSError as error:
         print(f"training.py: {error.filename or 'a file'}: {error.strerror}; what was saved before is whole",
               file=sys.stderr)

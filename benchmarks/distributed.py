@@ -40,11 +40,8 @@ LINKS = (("8 GPUs of one machine, PCIe 4.0 x16 at 25 GB/s", 8, 25e9),
 
 def worker(steps, flags):
     """One of the processes: times its steps, and prints a line of JSON if it is the first."""
-    device = command_line.choose_device("auto")
-    if device.type == "cuda":
-        device = torch.device("cuda", distributed.local_rank())
-        torch.cuda.set_device(device)
-    else:
+    device = distributed.own_device(command_line.choose_device("auto"))
+    if device.type != "cuda":
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[distributed.local_rank()]})
         torch.set_num_threads(1)
     with distributed.joined(device) as ranks:
@@ -93,8 +90,7 @@ def sent(reduced, processes):
 
 
 def start(argv):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    own, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    own, flags = command_line.split(argv)
     parser = command_line.Parser("distributed.py", __doc__)
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed in each turn [%(default)s]")

@@ -145,8 +145,7 @@ def table(rows):
 
 
 def parse(argv):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    own, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    own, flags = command_line.split(argv)
     parser = command_line.Parser("quality.py", __doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="DIR", help="one or more folders of images")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="X", help="of each training [%(default)s]")

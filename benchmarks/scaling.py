@@ -184,8 +184,8 @@ def main(argv=None):
         if argv[:1] == ["--cell"]:
             measure(int(argv[1]), argv[2:])
             return 0
-        end = argv.index("--") if "--" in argv else len(argv)
-        options = parser.parse_args(argv[:end])
+        own, flags = command_line.split(argv)
+        options = parser.parse_args(own)
         options.only = options.only.split(",")
         if unknown := [name for name in options.only if name not in VALUES]:
             raise InputError(f"--only {','.join(unknown)} can't be: give some of {','.join(VALUES)}")
@@ -194,7 +194,7 @@ def main(argv=None):
         for file in (options.out, options.csv):
             if file and not Path(file).parent.is_dir():
                 raise InputError(f"{file} can't be written: there is no folder {Path(file).parent}")
-        base, lines, failed = measure_all(options, argv[end + 1:])
+        base, lines, failed = measure_all(options, flags)
         print_exponents(lines)
         if options.out and lines:
             draw(base, lines, options.out)

@@ -1,5 +1,6 @@
 """What a night can bring: signals, kills, full disks, a second training, NaN, too little memory, old checkpoints."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -119,21 +120,33 @@ def test_two_trainings_in_one_run_are_refused_and_a_dead_one_holds_nothing(proce
 
 # ------------------------------------------------------------------------------------- disks
 
+@contextlib.contextmanager
+def files_limited(size=None):
+    """Inside, no file can grow beyond `size` bytes; yields a function that sets another limit, None for none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    limit(size)
+    try:
+        yield limit
+    finally:
+        limit(None)
+
+
 def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(run, tmp_path, capsys, monkeypatch):
     """A limit on the size of a file stands for the full disk: the write of a checkpoint fails half way."""
     monkeypatch.setattr(training.Saver, "RETRY_SECONDS", 0)
-    one_step, soft, hard = training.training_step, *resource.getrlimit(resource.RLIMIT_FSIZE)
+    one_step = training.training_step
 
     def step(state, c, images):
-        small = state.counters["step"] in (3, 4, 5)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if small else soft, hard))
+        limit(20_000 if state.counters["step"] in (3, 4, 5) else None)
         return one_step(state, c, images)
 
     monkeypatch.setattr(training, "training_step", step)
-    try:
+    with files_limited() as limit:
         assert run("--steps", "8", "--checkpoint-every", "2") == 0
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     out = capsys.readouterr().out
     assert "step 4: the checkpoint can't be written (File too large); the ones before stay" in out
     assert "step 8: " not in out
@@ -146,12 +159,8 @@ def test_a_disk_that_stays_full_ends_with_status_1_and_the_old_checkpoint(run, t
     run("--steps", "2")
     monkeypatch.setattr(training.Saver, "PATIENCE_SECONDS", 0)
     before = (checkpoint_folder(tmp_path) / "step_00000002.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    with files_limited(20_000):
         assert run("--steps", "4") == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     out = capsys.readouterr().out
     assert "checkpoint not written" in out and "the steps after 2 are lost, up to 4" in out
     assert (checkpoint_folder(tmp_path) / "step_00000002.pt").read_bytes() == before
@@ -159,25 +168,22 @@ def test_a_disk_that_stays_full_ends_with_status_1_and_the_old_checkpoint(run, t
 
 
 def test_the_last_checkpoint_waits_for_room(run, tmp_path, capsys, monkeypatch):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     slept = []
 
     def sleep(seconds):
         slept.append(seconds)
         if len(slept) == 90:                           # in the second round
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            limit(None)
 
     def step(state, c, images):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        limit(20_000)
         return one_step(state, c, images)
 
     one_step = training.training_step
     monkeypatch.setattr(training, "training_step", step)
     monkeypatch.setattr(training.time, "sleep", sleep)
-    try:
+    with files_limited() as limit:
         assert run("--steps", "2") == 0
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capsys.readouterr().out.count("Ctrl-C gives up") == 2 and sum(slept) == 120
     assert checkpoints.newest(checkpoint_folder(tmp_path))[1]["counters"]["step"] == 2
 
@@ -185,12 +191,8 @@ def test_the_last_checkpoint_waits_for_room(run, tmp_path, capsys, monkeypatch):
 def test_a_run_whose_first_checkpoint_can_not_be_written_is_refused(run, tmp_path, capsys):
     assert run("--steps", "1", "--run", "other") == 0                    # the images are decoded then
     capsys.readouterr()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    with files_limited(20_000):
         assert run("--steps", "100000") == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no checkpoint can be written there (File too large): make room" in error
 
@@ -199,13 +201,9 @@ def test_lines_of_the_log_that_a_full_disk_took_are_said_once_and_lost_alone(tmp
     c, _ = training.command_line.parse_constants(SMALL)
     log = run_log.Log(tmp_path, c, 0)
     log.write({"step": 1})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
-    try:
+    with files_limited(20):
         for step in (2, 3, 4):
             log.write({"step": step, "value": 0.123456789})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.write({"step": 5})
     log.close()
     assert capsys.readouterr().out.count("can't be written (File too large)") == 1
