@@ -1,10 +1,11 @@
-"""Is a feedback video stable, and does it flicker? Three videos of one walk, with a run's own head and a random one.
+"""Is a feedback video stable, and does it flicker? Four videos of one walk, with a run's own head and a random one.
 
     python benchmarks/feedback.py runs/NAME                       # 1,040 frames each: minutes
     python benchmarks/feedback.py runs/NAME --seed 1
 
 walk: each frame with its synthetic copies; feedback: with the pictures before it (generate.py --mode feedback);
-frozen: with the copies of the first frame throughout. Compared are 40 frames around frame 50 and around frame 1,000:
+frozen: with the copies of the first frame throughout; fixed: the walk with one alpha everywhere, the mean of the
+first frame's, so without what the layer adds. Compared are 40 frames around frame 50 and around frame 1,000:
 alpha's mean and bounds, the change from frame to frame, and the flicker, a frame against the mean of its neighbours
 (both in grey levels of 255). A loop that feeds on itself would show at frame 1,000 what was not there at 50.
 """
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import checkpoints
 import command_line
+import data
 import generate
 import latent_space
 import model_definitions
@@ -37,6 +39,18 @@ def walk(generator, z):
         yield generator.image_and_alpha(point[None].to(generate.device_of(generator)))
 
 
+@torch.inference_mode()
+def fixed(generator, z):
+    """The walk with the mean of the first frame's alpha throughout."""
+    alpha = None
+    for point in z:
+        x = generator.vae.decode(point[None].to(generate.device_of(generator)))
+        if alpha is None:
+            alpha = generator.layer.alpha(x)
+            alpha = alpha.mean().expand_as(alpha)
+        yield generator.layer.apply_alpha(x, alpha), alpha
+
+
 def measure(images):
     """For each of PLACES: (alpha mean, min, max, change, flicker)."""
     found, motion, alphas = [], None, []
@@ -46,7 +60,7 @@ def measure(images):
             continue
         if number == place - REACH:
             motion, alphas = generate.Motion(), []
-        list(motion.watch(generate.to_arrays(image), loop=False))
+        list(motion.watch(data.to_arrays(image), loop=False))
         alphas.append(alpha)
         if number == place + REACH - 1:
             alpha = torch.cat(alphas)
@@ -72,7 +86,8 @@ def start(argv):
             torch.nn.init.normal_(generator.layer.to_s.weight, std=RANDOM_STD,
                                   generator=torch.Generator().manual_seed(arguments.seed))
         for window, images in (("walk", walk(generator, z)), ("feedback", generate.feedback(generator, z)),
-                               ("frozen", generate.feedback(generator, z, frozen=True))):
+                               ("frozen", generate.feedback(generator, z, frozen=True)),
+                               ("fixed", fixed(generator, z))):
             for place, (mean, low, high, change, flicker) in zip(PLACES, measure(images)):
                 print(f"| {head} | {window} | {place:,} | {mean:.2f} ({low:.2f} to {high:.2f}) | {change:.2f} | "
                       f"{flicker:.2f} |", flush=True)

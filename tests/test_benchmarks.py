@@ -91,7 +91,7 @@ def test_quality_trains_both_sides_scores_them_and_goes_on_from_its_results(imag
     assert again.splitlines()[-5:] == out.splitlines()[-5:]
 
 
-def test_feedback_compares_three_windows_at_two_places(image_folder, tmp_path, monkeypatch, capsys):
+def test_feedback_compares_four_windows_at_two_places(image_folder, tmp_path, monkeypatch, capsys):
     sys.path.insert(0, str(FOLDER))
     import feedback
 
@@ -105,7 +105,9 @@ def test_feedback_compares_three_windows_at_two_places(image_folder, tmp_path, m
     assert feedback.main([str(tmp_path / "runs" / "photos")]) == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[1].strip(), row[2].strip(), row[3].strip()) for row in rows] == [
-        (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen")
+        (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen", "fixed")
         for place in ("12", "30")]
     assert all(float(row[5]) > 0 for row in rows)
+    assert all(row[4].split("(")[1].strip(" )") in {f"{row[4].split()[0]} to {row[4].split()[0]}"} for row in rows
+               if row[2].strip() == "fixed")
     assert feedback.main([str(tmp_path / "none")]) == 2

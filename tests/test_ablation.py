@@ -1,0 +1,157 @@
+"""The layers of benchmarks/ablation.py are what its table says, and the table says what was trained."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import ablation
+
+import command_line
+import evaluate
+import model_definitions
+
+
+def state_of(name, decoder_width=0):
+    c, _ = command_line.parse_constants(SMALL)
+    state = ablation.new_state(name, c, torch.device("cpu"), decoder_width or c.WIDTH)
+    return state, c
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def show(layer, x, random_head=True):
+    """What the layer makes of x, with the changes of a training step."""
+    if random_head and isinstance(layer.to_s, torch.nn.Linear):
+        torch.nn.init.normal_(layer.to_s.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    return layer.apply_alpha(x, layer.alpha(x, changes=layer.video.draw(torch.Generator().manual_seed(2))))
+
+
+@pytest.mark.parametrize("name", ablation.LAYERS)
+def test_all_layers_start_from_the_same_critic_and_decoder(name):
+    state, _ = state_of(name)
+    other, _ = state_of("transformer")
+    pairs = [(state.critic, other.critic), (state.generator.vae, other.generator.vae)]
+    for a, b in pairs:
+        for key, tensor in a.state_dict().items():
+            assert torch.equal(tensor, b.state_dict()[key]), key
+    assert isinstance(other.generator.layer, model_definitions.TransformerParamTanh)
+    assert model_definitions.TransformerParamTanh is ablation.LAYERS["transformer"]      # put back
+
+
+def test_layers_without_a_transformer_have_their_closed_forms(x):
+    none, fixed, scalar = (state_of(name)[0].generator.layer for name in ("none", "fixed", "scalar"))
+    assert torch.equal(show(none, x), 2 * x - 1)
+    torch.testing.assert_close(show(fixed, x), torch.tanh(3 * (2 * x - 1)))
+    torch.testing.assert_close(show(scalar, x), torch.tanh(3 * (2 * x - 1)))
+    with torch.no_grad():
+        scalar.s.fill_(0.5)
+    torch.testing.assert_close(show(scalar, x), torch.tanh(3 ** (1 + math.tanh(0.5)) * (2 * x - 1)))
+    show(scalar, x).sum().backward()
+    assert scalar.s.grad.abs() > 0
+    assert [sum(p.numel() for p in layer.parameters()) for layer in (none, fixed, scalar)] == [0, 0, 1]
+
+
+def test_bias_moves_logits_by_what_would_have_set_alpha(x):
+    layer = state_of("bias")[0].generator.layer
+    torch.testing.assert_close(show(layer, x, random_head=False), torch.tanh(3 * (2 * x - 1)), atol=1e-5, rtol=1e-5)
+    image = show(layer, x)
+    alpha = layer.alpha(x, changes=layer.video.draw(torch.Generator().manual_seed(2)))
+    odds = x / (1 - x) * torch.exp(3 * torch.log(alpha / 3) / math.log(3))
+    torch.testing.assert_close(image, torch.tanh(3 * (2 * odds / (1 + odds) - 1)), atol=1e-4, rtol=1e-4)
+    assert (image - torch.tanh(3 * (2 * x - 1))).abs().max() > 0.1
+
+
+def test_the_gradient_through_the_video_is_cut_where_it_is_detached_and_only_there(x):
+    for name, cut in (("transformer", False), ("bias", False), ("still", False), ("detached", True)):
+        layer, leaf = state_of(name)[0].generator.layer, x.clone().requires_grad_()
+        show(layer, x)                                                                  # the random head
+        alpha = layer.alpha(leaf, changes=layer.video.draw(torch.Generator().manual_seed(2)))
+        gradient, = torch.autograd.grad(alpha.sum(), leaf, allow_unused=True)
+        assert (gradient is None) == cut, name
+        assert not cut or show(layer, leaf).requires_grad                                # x itself still learns
+
+
+def test_a_still_video_is_one_picture_repeated(x):
+    for name, still in (("still", True), ("transformer", False)):
+        layer = state_of(name)[0].generator.layer
+        frames = layer.video(x, layer.video.draw(torch.Generator().manual_seed(0))).unflatten(1, (-1, 3))
+        assert torch.equal(frames, frames[:, :1].expand_as(frames)) == still
+
+
+def test_the_wide_decoder_is_wider_and_the_rest_is_not():
+    state, c = state_of("wide", decoder_width=2 * command_line.parse_constants(SMALL)[0].WIDTH)
+    plain, _ = state_of("none")
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+    assert count(state.generator.vae.decoder) > 3 * count(plain.generator.vae.decoder)
+    assert count(state.generator.vae.encoder) == count(plain.generator.vae.encoder)
+    assert count(state.critic) == count(plain.critic)
+    assert state.generator(torch.randn(2, c.LATENT_DIM)).shape == (2, 3, 32, 32)
+
+
+def row(layer, seed, view, frechet, set_name="set"):
+    return {"set": set_name, "layer": layer, "seed": seed, "view": view, "steps": 10, "minutes": 1.0, "images": 160,
+            "frechet": frechet, "kid": 1.0, "kid_error": 0.1, "reconstruction": 0.2, "decoder_width": 0, "flags": "",
+            "machine": "a"}
+
+
+def test_differences_are_paired_by_seed_and_say_which_way(tmp_path, capsys):
+    rows = [row("transformer", 0, "steps", 100), row("fixed", 0, "steps", 110), row("transformer", 1, "steps", 200),
+            row("fixed", 1, "steps", 196), row("fixed", 2, "steps", 50), row("transformer", 0, "minutes", 120),
+            row("fixed", 0, "minutes", 90)]
+    assert ablation.differences(rows, "set", "steps") == {"fixed": [10, -4]}
+    assert ablation.differences(rows, "set", "minutes") == {"fixed": [-30]}
+    assert "at equal steps in 1 of 2 pairs (the distance with a fixed alpha minus the Transformer's is +3.0" in \
+        ablation.sentence(rows)
+    assert "at equal minutes in 0 of 1 pairs" in ablation.sentence(rows)
+    for line in rows:
+        ablation.append(tmp_path / "t.csv", line)
+    assert ablation.read_table(tmp_path / "t.csv") == rows
+    assert ablation.main(["--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "t.png")]) == 0
+    out = capsys.readouterr().out
+    assert "| fixed | 3 | 10 | 160 | 1.0 | 118.7 | +3.0 (9.9) | 1 | 0.200 |" in out
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for flags, words in ((["--csv", tmp_path / "none.csv"], "holds no rows"),
+                         (["--csv", tmp_path / "other.csv"], "is no table of this script"),
+                         (["--csv", tmp_path / "no" / "t.csv"], "there is no folder"),
+                         (["--csv", tmp_path / "t.csv", "--only", "alpha"], "give some of none wide fixed"),
+                         (["--csv", tmp_path / "t.csv", "--minutes", "-1"], "give a number above 0"),
+                         (["--csv", tmp_path / "t.csv", "--", "--image-size", "33"], "33")):
+        assert ablation.main([str(flag) for flag in flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
+
+
+@pytest.mark.slow
+def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, capsys):
+    if evaluate.find_extractor(torch.device("cpu")) is None:
+        pytest.skip("needs the weights of requirements-weights.txt")
+    table = tmp_path / "t.csv"
+    flags = ["--data", str(image_folder(40, name="set")), "--csv", str(table), "--seeds", "1", "--steps", "2",
+             "--minutes", "0.01", "--count", "36"]
+    more = ["--", *SMALL[2:], "--patch", "16", "--runs-dir", str(tmp_path / "runs")]
+    assert ablation.main([*flags, "--only", "fixed", *more]) == 0
+    first = table.read_text()
+    assert ablation.main([*flags, "--only", "fixed", "transformer", *more]) == 0
+    assert table.read_text().startswith(first) and len(table.read_text().splitlines()) == 5
+    rows = ablation.read_table(table)
+    assert [(r["layer"], r["steps"]) for r in rows if r["view"] == "steps"] == [("fixed", 2), ("transformer", 2)]
+    assert all(r["images"] == r["steps"] * 4 for r in rows)
+    assert all(r["minutes"] >= 0.01 for r in rows if r["view"] == "minutes")
+    capsys.readouterr()
+    assert ablation.main([*flags, "--", "--width", "8"]) == 2
+    assert "was made with" in capsys.readouterr().err
