@@ -33,6 +33,7 @@ def discs(tmp_path):
     return tmp_path / "discs"
 
 
+@pytest.mark.slow
 def test_training_brings_reconstructions_and_samples_close_to_the_data(discs, tmp_path):
     c, _ = command_line.parse_constants([*SMALL, "--data", str(discs), "--batch-size", "16", "--width-max", "64",
                                          "--latent-dim", "32", "--gp-every", "4"])

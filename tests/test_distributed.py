@@ -234,8 +234,8 @@ def running(folder, *flags, ranks=2, options=()):
     return process
 
 
-@pytest.mark.parametrize("whom", ["torchrun", pytest.param(0, marks=pytest.mark.slow),
-                                  pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["torchrun", 0, 1])
 def test_a_signal_to_one_or_all_stops_all_at_one_step_with_a_checkpoint(folder, whom):
     process = running(folder)
     os.kill(process.pid if whom == "torchrun" else workers(process)[whom], signal.SIGTERM)

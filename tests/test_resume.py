@@ -74,7 +74,9 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 8])        # 3: after the last batch of an epoch; 4: just after one
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow),
+                                  3, 4,        # 3: after the last batch of an epoch; 4: just after one
+                                  pytest.param(8, marks=pytest.mark.slow)])
 def test_going_on_from_any_step_is_exact(whole, tmp_path, step):
     images, expected = whole()
     assert train(tmp_path, images, "--steps", str(step)) == 0
@@ -83,8 +85,10 @@ def test_going_on_from_any_step_is_exact(whole, tmp_path, step):
 
 
 @pytest.mark.parametrize("flags", [("--flip", "--micro-batch", "2"), ("--n-critic", "2", "--gp-every", "3"),
-                                   ("--batch-size", "5"), ("--recompute-activations",),
-                                   ("--feedback-prob", "0.5", "--evaluate-every", "2", "--evaluate-count", "8")])
+                                   pytest.param(("--batch-size", "5"), marks=pytest.mark.slow),
+                                   pytest.param(("--recompute-activations",), marks=pytest.mark.slow),
+                                   pytest.param(("--feedback-prob", "0.5", "--evaluate-every", "2",
+                                                 "--evaluate-count", "8"), marks=pytest.mark.slow)])
 def test_going_on_is_exact_with(whole, tmp_path, flags):
     images, expected = whole(*flags)
     assert train(tmp_path, images, "--steps", "4", *flags) == 0
