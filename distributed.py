@@ -8,6 +8,8 @@ stop, to save) over gloo in both cases.
 import contextlib
 import datetime
 import os
+import re
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -71,21 +73,33 @@ def joined(device):
         yield ALONE
         return
     try:
-        # torchrun restarts dead processes with the same store, in which the dead ones' addresses still stand.
-        store, rank, size = next(rendezvous("env://", timeout=GRADIENT_TIMEOUT))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size,
-                                timeout=GRADIENT_TIMEOUT)
-        talk = dist.new_group(backend="gloo", timeout=TALK_TIMEOUT)
-        yield Ranks(rank, size, local_rank(), talk)
-    except RuntimeError as error:
-        if not of_a_collective(error):
-            raise
-        raise RankError(f"rank {os.environ['RANK']}: another process has left ({str(error).splitlines()[0][:120]}); "
-                        "the newest checkpoint is whole, and the same command goes on from it") from None
+        try:
+            # torchrun restarts dead processes with the same store, in which the dead ones' addresses still stand.
+            store, rank, size = next(rendezvous("env://", timeout=GRADIENT_TIMEOUT))
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=size, timeout=GRADIENT_TIMEOUT)
+            talk = dist.new_group(backend="gloo", timeout=TALK_TIMEOUT)
+        except RuntimeError as error:
+            raise RankError(f"rank {os.environ['RANK']}: the processes have not met ({brief(error)}): is the port "
+                            f"{os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} free, and reached by "
+                            "all?") from None
+        try:
+            yield Ranks(rank, size, local_rank(), talk)
+        except RuntimeError as error:
+            if not of_a_collective(error):
+                raise
+            raise RankError(f"rank {rank}: another process has left ({brief(error)}); the newest checkpoint is whole, "
+                            "and the same command goes on from it") from None
     finally:
         with contextlib.suppress(Exception):           # with a process gone there is nobody to take leave of
             dist.destroy_process_group()
+
+
+def brief(error):
+    """The first line of torch's message without its place in torch's source."""
+    line = re.sub(r"\[?/[^\s\]]*:\d+\]?:?\s*", "", str(error).split("\n")[0])
+    return textwrap.shorten(line, 160, placeholder=" ...")
 
 
 def of_a_collective(error):

@@ -3,7 +3,7 @@
     python training.py --data ./images                        # runs/images; the same command again goes on from there
     python training.py --data ./images --image-size 64 --run small
     python training.py                                        # on the built-in demo set
-    torchrun --nproc-per-node 4 training.py --data ./images   # the same mathematics on 4 GPUs
+    torchrun --nproc-per-node 4 -- training.py --data ./images   # the same mathematics on 4 GPUs
 
 Every constant of config.py is a flag; --help lists them.
 """
@@ -421,14 +421,19 @@ def finish(state, image_set, saver, stop):
 
 
 def start(argv):
-    c, given = prepare_constants(argv)
+    try:
+        c, given = prepare_constants(argv)
+    except InputError as error:                  # all processes find the same: one a machine says it
+        if distributed.local_rank() > 0:
+            raise distributed.RankError("", error.status) from None
+        raise
     device = distributed.own_device(command_line.choose_device(c.DEVICE))
     set_up(device, c)
     folder = Path(c.RUNS_DIR) / c.RUN
     with distributed.joined(device) as ranks, contextlib.ExitStack() as held:
         if not ranks.first:                      # the first process speaks for all
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
-        check_shares(c, ranks)
+        distributed.on_first(ranks, lambda: check_shares(c, ranks))
         try:
             distributed.on_first(ranks, lambda: held.enter_context(checkpoints.lock(folder)))
         except OSError as error:

@@ -2,7 +2,7 @@
 
     python benchmarks/distributed.py                          # CPU: 1 process and 2, each pinned to a core of its own
     python benchmarks/distributed.py --processes 8            # with GPUs: 1 and 8 of them
-    python benchmarks/distributed.py -- --image-size 128      # flags of training.py behind --
+    python benchmarks/distributed.py -- --image-size 128      # flags of training.py behind --; by itself 64 px
 
 Strong scaling deals one batch of BATCH_SIZE out to all; weak scaling gives each process a batch of BATCH_SIZE. Turns
 of one and of many processes alternate, and an efficiency is a ratio of medians within this run: the speed of n
@@ -10,6 +10,7 @@ processes over n times that of one. The last lines are an estimate on paper for 
 were counted and from link speeds that are stated. Nothing else should run meanwhile.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -80,7 +81,8 @@ def turn(processes, steps, flags):
                            str(processes), "--", __file__, "--worker", "--steps", str(steps), "--", *flags],
                           capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{processes} processes ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+        print(done.stderr, file=sys.stderr)
+        raise InputError(f"{processes} processes ended with status {done.returncode}, see above")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -95,7 +97,7 @@ def start(argv):
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed in each turn [%(default)s]")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="[%(default)s]")
-    parser.add_argument("--worker", action="store_true", help="used by the script itself")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(own)
     flags = ["--image-size", "64", *flags]
     c, _ = command_line.parse_constants(flags)
@@ -104,6 +106,8 @@ def start(argv):
         return 0
     n = arguments.processes
     cores = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    if cores < 2:
+        raise InputError("there is one GPU or core here: nothing to compare with")
     if not 2 <= n <= cores or c.BATCH_SIZE % n:
         raise InputError(f"--processes {n} can't be: give 2 to {cores} that divide a batch of {c.BATCH_SIZE}")
     kinds = {"one": (1, flags), "strong": (n, flags), "weak": (n, [*flags, "--batch-size", str(n * c.BATCH_SIZE)])}

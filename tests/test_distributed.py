@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -308,9 +309,10 @@ def test_bad_input_is_said_by_one_process(folder):
     (folder / "empty").mkdir()
     for flags, words in ((["--batch-size", "3"], "can't be dealt out to 2 processes: give 2 or 4"),
                          (["--data", str(folder / "empty")], "no images in it"),
-                         (["--batch-size", "8", "--micro-batch", "8"], "in micro-batches of 8: give 16")):
+                         (["--batch-size", "8", "--micro-batch", "8"], "in micro-batches of 8: give 16"),
+                         (["--image-size", "33"], "--image-size 33")):
         out = train(2, folder, "--steps", "1", *flags, status=1)           # torchrun's own status for any failure
-        assert len(re.findall(rf"^.*training\.py: .*{re.escape(words)}.*$", out, re.MULTILINE)) >= 1, out
+        assert len(re.findall(rf"^.*training\.py: .*{re.escape(words)}.*$", out, re.MULTILINE)) == 1, out
         assert "exitcode  : 2" in out
 
 
@@ -326,3 +328,21 @@ def test_alone_nothing_is_done():
 def test_shares_are_the_whole_and_do_not_overlap():
     indices = range(12)
     assert [i for rank in range(4) for i in indices[distributed.Ranks(rank, 4).share(12)]] == list(indices)
+
+
+def test_processes_that_do_not_meet_say_so_and_blame_nobody(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (("WORLD_SIZE", 2), ("RANK", 0), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1"),
+                            ("MASTER_PORT", taken.getsockname()[1])):
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(distributed.RankError, match=r"rank 0: the processes have not met .*is the port"), \
+                distributed.joined(torch.device("cpu")):
+            pass
+
+
+def test_torchs_own_words_are_cut_to_what_says_something():
+    text = "[/__w/src/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:42642: Connection reset by peer\nmore"
+    assert distributed.brief(RuntimeError(text)) == "Read error [127.0.0.1]:42642: Connection reset by peer"
+    assert len(distributed.brief(RuntimeError("word " * 100))) <= 160
