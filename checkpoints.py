@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import torch
 
-FORMAT = 2       # raised when a field changes its meaning, or the networks their shape
+FORMAT = 3       # raised when a field changes its meaning, or the networks their shape
 KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
 UNSOUND = "_unsound"
 STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")     # a user's step_backup.pt is none, and is left alone
@@ -27,6 +27,10 @@ class CheckpointError(Exception):
     """No checkpoint can be read; the message is one line that names the file and the reason."""
 
     status = 2                  # of the process that ends by it
+
+
+class OtherFormat(CheckpointError):
+    """A whole checkpoint of another version: nothing to pass over, since training from an older one would lose it."""
 
 
 def write_atomically(file, write):
@@ -138,8 +142,8 @@ def load(file, device="cpu"):
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise CheckpointError(f"{file}: no checkpoint of this project")
     if state["format"] != FORMAT:
-        raise CheckpointError(f"{file}: format {state['format']}, this program reads {FORMAT}: use the version that "
-                              "wrote it")
+        raise OtherFormat(f"{file}: format {state['format']}, this program reads {FORMAT}: use the version that "
+                          "wrote it")
     if REQUIRED - state.keys() or not isinstance(state["constants"], dict):
         raise CheckpointError(f"{file}: no checkpoint of this project")
     return state
@@ -151,12 +155,14 @@ def newest(folder, device="cpu", warn=print, set_aside=False, sound=None):
 
     A damaged one is named through `warn` and passed over; with set_aside it is renamed too, to *.damaged, so that
     it does not count among the KEEP that `save` keeps. Raises CheckpointError, and renames nothing, where all are
-    damaged.
+    damaged, or one as new as these is of another version.
     """
     files, damaged = step_files(folder, sound), []
     for file in reversed(files):
         try:
             state = load(file, device)
+        except OtherFormat:
+            raise
         except CheckpointError as error:
             damaged.append(file)
             warn(f"{error}; trying the one before" if file != files[0] else str(error))

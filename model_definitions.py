@@ -62,28 +62,46 @@ def conv_block(channels_in, channels_out, for_critic):
                          nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False))
 
 
-def deconv_block(channels_in, channels_out, output_padding):
-    """(GroupNorm, ReLU, ConvTranspose2d), the block of the decoder: twice the side, plus output_padding.
+class ModulatedNorm(nn.Module):
+    """GroupNorm whose scale and shift follow z: (B, C, H, W), z (B, LATENT_DIM) -> (B, C, H, W).
 
-    4 x 4 at stride 2: each output pixel is made by 4 taps, none by more.
-    """
-    return nn.Sequential(group_norm(channels_in), nn.ReLU(inplace=True),
-                         nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1,
-                                            output_padding=output_padding))
-
-
-class ResidualConv(nn.Module):
-    """(GroupNorm, ReLU, Conv2d) beside a way straight through, (B, C, H, W) -> (B, C, H, W), the sum scaled to keep
-    its variance (He et al. 2016, "Identity Mappings in Deep Residual Networks").
+    So z reaches each size of the decoder at once, and what holds all over a picture, such as a colour, need not travel
+    through the feature maps (Chen et al. 2019, "On Self Modulation for Generative Adversarial Networks").
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, latent_dim):
         super().__init__()
-        self.block = nn.Sequential(group_norm(channels), nn.ReLU(inplace=True),
-                                   nn.Conv2d(channels, channels, 3, padding=1))
+        self.norm = group_norm(channels)
+        self.to_scale_and_shift = nn.Linear(latent_dim, 2 * channels)
 
-    def forward(self, x):
-        return (x + self.block(x)) * math.sqrt(0.5)
+    def forward(self, x, z):
+        x = self.norm(x)
+        scale, shift = self.to_scale_and_shift(z)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(x + shift, x, scale)
+
+
+class DecoderBlock(nn.Module):
+    """(ModulatedNorm, ReLU, ConvTranspose2d), twice the side, plus output_padding; then, unless it is the last block,
+    (ModulatedNorm, ReLU, Conv2d) beside a way straight through, the sum scaled to keep its variance (He et al. 2016,
+    "Identity Mappings in Deep Residual Networks"). (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W).
+
+    The ConvTranspose2d is 4 x 4 at stride 2: each output pixel is made by 4 taps, none by more.
+    """
+
+    def __init__(self, channels_in, channels_out, latent_dim, output_padding, last):
+        super().__init__()
+        self.norm = ModulatedNorm(channels_in, latent_dim)
+        self.up = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, output_padding=output_padding)
+        self.last = last
+        if not last:
+            self.residual_norm = ModulatedNorm(channels_out, latent_dim)
+            self.residual = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+
+    def forward(self, x, z):
+        x = self.up(F.relu(self.norm(x, z), inplace=True))
+        if self.last:
+            return x
+        return (x + self.residual(F.relu(self.residual_norm(x, z), inplace=True))) * math.sqrt(0.5)
 
 
 def conv_tower(image_size, channels, width, width_max, for_critic):
@@ -101,11 +119,12 @@ class MaxPool2dTwiceDifferentiable(nn.MaxPool2d):
         return F.max_pool2d(x, self.kernel_size, self.stride, return_indices=True)[0]
 
 
-def run(modules, x, recompute=False):
-    """x through all modules. With recompute their activations are not kept but computed again in the backward pass
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): only for modules that draw nothing."""
+def run(modules, x, *others, recompute=False):
+    """x through all modules, each called with x and others. With recompute their activations are not kept but computed
+    again in the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): only for modules
+    that draw nothing."""
     for module in modules:
-        x = checkpoint(module, x, use_reentrant=False) if recompute else module(x)
+        x = checkpoint(module, x, *others, use_reentrant=False) if recompute else module(x, *others)
     return x
 
 
@@ -117,9 +136,9 @@ def full_precision(x):
 # ------------------------------------------------------------------------------------- VAE
 
 class VAE(nn.Module):
-    """Encoder of (Conv2d, ReLU, MaxPool2d) blocks, Linear heads for mu and logvar; decoder of ConvTranspose2d and
-    ReLU, each but the last with a ResidualConv behind it, and a Sigmoid at the end (Kingma and Welling 2013,
-    "Auto-Encoding Variational Bayes").
+    """Encoder of (Conv2d, ReLU, MaxPool2d) blocks, Linear heads for mu and logvar; decoder of ReLU and
+    ConvTranspose2d, see DecoderBlock, and a Sigmoid at the end (Kingma and Welling 2013, "Auto-Encoding Variational
+    Bayes").
 
     image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
@@ -135,17 +154,19 @@ class VAE(nn.Module):
         channel_list = widths(image_size, width, width_max)[::-1]              # from the widest down
         self.start_shape = (channel_list[0], side_list[0], side_list[0])
         self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
-        blocks = [deconv_block(a, b, output_padding=next_side - 2 * side) for (a, b), (side, next_side)
-                  in zip(pairwise([*channel_list, channels]), pairwise(side_list))]
-        blocks[:-1] = [nn.Sequential(block, ResidualConv(width)) for block, width in zip(blocks, channel_list[1:])]
-        self.decoder = nn.Sequential(*blocks, nn.Sigmoid())
+        self.decoder = nn.ModuleList(
+            DecoderBlock(a, b, latent_dim, output_padding=next_side - 2 * side, last=next_side == image_size)
+            for (a, b), (side, next_side) in zip(pairwise([*channel_list, channels]), pairwise(side_list)))
 
         he_init(self.from_z, self.decoder)
+        for module in self.decoder.modules():
+            if isinstance(module, ModulatedNorm):            # scale and shift start near 1 and 0, whatever z
+                nn.init.normal_(module.to_scale_and_shift.weight, std=0.02)
         self.to_logvar.weight.data.mul_(0.1)                 # the posterior starts near the prior: logvar about 0
 
     def encode(self, image):
         """image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM), unbounded but for logvar's wide clamp."""
-        features = run(self.encoder, image, self.recompute).flatten(1).to(image.dtype)
+        features = run(self.encoder, image, recompute=self.recompute).flatten(1).to(image.dtype)
         with full_precision(features):
             return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
 
@@ -155,11 +176,10 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
-        start = self.from_z(z).unflatten(1, self.start_shape)
-        *blocks, last, sigmoid = self.decoder
-        hidden = run(blocks, start, self.recompute)
+        hidden = self.from_z(z).unflatten(1, self.start_shape)
+        hidden = run(self.decoder[:-1], hidden, z, recompute=self.recompute)
         with full_precision(hidden):                         # the picture itself is never rounded to bfloat16
-            return sigmoid(run([last], hidden.to(z.dtype), self.recompute))
+            return torch.sigmoid(run(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute))
 
     def forward(self, image, noise):
         """image in [-1, 1], noise (B, LATENT_DIM) -> x in [0, 1], mu, logvar."""
@@ -402,7 +422,7 @@ class TransformerParamTanh(nn.Module):
     def encode(self, tokens):
         """self.transformer(tokens), (B, N, D) -> (B, N, D)."""
         layers = [functools.partial(encoder_layer, layer) for layer in self.transformer.layers]
-        return self.transformer.norm(run(layers, tokens, self.recompute))
+        return self.transformer.norm(run(layers, tokens, recompute=self.recompute))
 
     def forward(self, x, video=None, generator=None):
         """x (B, C, H, W) in [0, 1] -> image (B, C, H, W) in [-1, 1].

@@ -1,6 +1,6 @@
 """How fast one training step is, beside a textbook version of the same mathematics and beside the machine's best.
 
-    python benchmarks/step.py                                  # the reference shape, (16, 3, 128, 128)
+    python benchmarks/step.py --batch-size 16                  # the reference shape, (16, 3, 128, 128)
     python benchmarks/step.py --image-size 64 --profile        # any constant of config.py; the ten costliest operators
     python benchmarks/step.py --compile --repeats 20           # the shipped code compiled
 

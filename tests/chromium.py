@@ -64,7 +64,7 @@ class Chromium:
     def wait(self, expression, seconds=60):
         end = time.monotonic() + seconds
         while not self.value(expression):
-            shown = self.value("document.body.innerText")
+            shown = self.value("document.body?.innerText")          # none yet while a page loads
             assert time.monotonic() < end, f"not within {seconds} s: {expression}; the page shows {shown}"
             time.sleep(0.05)
 

@@ -38,7 +38,6 @@ def test_the_newest_two_are_kept_and_best_is_never_pruned(tmp_path):
     lambda file: file.write_bytes(b"a text, not a checkpoint" * 100),
     lambda file: torch.save({"weights": 1}, file),
     lambda file: torch.save([1, 2], file),
-    lambda file: torch.save({"format": 999}, file),
     lambda file: torch.save({"format": 1, "code": print}, file),
     lambda file: torch.save({"format": checkpoints.FORMAT, "counters": {}, "ema": {}}, file),
     lambda file: torch.save({"format": checkpoints.FORMAT, "counters": {}, "ema": {}, "constants": 3}, file),
@@ -51,6 +50,16 @@ def test_a_damaged_file_is_named_and_the_older_one_used(tmp_path, damage):
     file, loaded = checkpoints.newest(tmp_path, warn=said.append)
     assert file == old and torch.equal(loaded["weights"]["w"], state()["weights"]["w"])
     assert len(said) == 1 and "step_00000002.pt" in said[0] and "\n" not in said[0]
+
+
+@pytest.mark.parametrize("number", [1, checkpoints.FORMAT + 1])
+def test_a_whole_file_of_another_version_is_not_passed_over(tmp_path, number):
+    """Going on from the older one would throw away what came after it."""
+    checkpoints.save(tmp_path, state(), 1)
+    torch.save({**state(), "format": number}, tmp_path / "step_00000002.pt")
+    with pytest.raises(CheckpointError, match=f"step_00000002.pt: format {number}, this program reads"):
+        checkpoints.newest(tmp_path, set_aside=True)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step_00000001.pt", "step_00000002.pt"]
 
 
 def test_all_damaged_raises_one_line_and_deletes_nothing(tmp_path):

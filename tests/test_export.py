@@ -114,7 +114,7 @@ def test_a_model_that_draws_otherwise_is_not_written(trained, made, monkeypatch,
     assert [f.name for f in tmp_path.iterdir()] == ["old.onnx"] and (tmp_path / "old.onnx").read_bytes() == b"old"
 
 
-def test_a_weights_file_draws_the_runs_pictures_within_a_level(trained, tmp_path, capsys):
+def test_a_weights_file_draws_the_runs_pictures_within_two_levels(trained, tmp_path, capsys):
     file = tmp_path / "shared.pt"
     assert export.main([str(trained), "--out", str(file)]) == 0
     line = capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_a_weights_file_draws_the_runs_pictures_within_a_level(trained, tmp_path
     for path in (trained, file):
         assert generate.main([str(path), "--images", "4", "--out", str(tmp_path / "out")]) == 0
         grids.append(np.asarray(Image.open(tmp_path / "out" / "grid.png")).astype(int))
-    assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 1
+    assert np.abs(grids[0] - grids[1]).max() <= 2 and grids[0].std() > 1       # weights are rounded to half precision
 
 
 def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path):

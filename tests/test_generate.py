@@ -89,7 +89,7 @@ def test_a_walk_is_the_same_in_every_kind_of_file(trained, tmp_path, name, capsy
     keyframes = latent_space.draw_z(0, 0, 6, c.LATENT_DIM)
     expected = list(generate.render(generator, latent_space.walk(keyframes, 10)))
     assert len(frames) == 10 and all(f.shape == (32, 32, 3) for f in frames)
-    lost = 25 if name == "walk.mp4" else 6             # an mp4 halves the resolution of colour, and these are noise
+    lost = 25 if name == "walk.mp4" else 8             # an mp4 halves the resolution of colour, and these are noise
     assert np.abs(np.stack(frames) - np.stack(expected)).mean() < lost
 
 

@@ -307,6 +307,34 @@ def test_summary_lists_all_parameters_once_but_positions():
     assert all(row[2] > 0 for row in rows)
 
 
+def test_modulated_norm_is_group_norm_scaled_and_shifted_by_z(g):
+    norm = model_definitions.ModulatedNorm(16, 4)
+    x, z = torch.randn(3, 16, 5, 5, generator=g), torch.randn(3, 4, generator=g)
+    torch.nn.init.normal_(norm.to_scale_and_shift.weight, generator=g)
+    grouped = x.view(3, 8, 2 * 25)
+    plain = ((grouped - grouped.mean(2, keepdim=True)) /
+             (grouped.var(2, correction=0, keepdim=True) + 1e-5).sqrt()).view_as(x)
+    linear = norm.to_scale_and_shift
+    both = z @ linear.weight.T + linear.bias
+    expected = plain * (1 + both[:, :16, None, None]) + both[:, 16:, None, None]
+    torch.testing.assert_close(norm(x, z), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_z_reaches_every_size_of_the_decoder(g):
+    """With the way from below cut, by zeros for what the first Linear gives, z still changes the picture."""
+    generator, _ = build()
+    torch.nn.init.zeros_(generator.vae.from_z.weight)
+    norms = [m for m in generator.vae.decoder.modules() if isinstance(m, model_definitions.ModulatedNorm)]
+    assert len(norms) == 2 * len(generator.vae.decoder) - 1
+    z = torch.randn(2, 16, generator=g)
+    for kept in norms:
+        for norm in norms:
+            torch.nn.init.normal_(norm.to_scale_and_shift.weight, std=1.0 if norm is kept else 0.0)
+            torch.nn.init.normal_(norm.norm.bias, std=0.1)           # an empty picture has nothing to scale
+        a, b = generator.vae.decode(z)
+        assert (a - b).abs().max() > 1e-3
+
+
 def test_a_transposed_convolution_starts_as_a_mixture_of_channels_doubled_bilinearly():
     generator, _ = build()
     layer = next(m for m in generator.vae.decoder.modules() if isinstance(m, torch.nn.ConvTranspose2d))
