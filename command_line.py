@@ -97,6 +97,17 @@ def split(argv):
     return argv[:end], argv[end + 1:]
 
 
+def positive(kind):
+    """An argparse type: a `kind` above 0."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} can't be: give a number above 0")
+        return value
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
+
+
 def make_parser(program, description):
     """A Parser with a flag for each constant of config.py but the derived ones."""
     parser = Parser(program, description)

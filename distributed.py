@@ -166,11 +166,11 @@ def together(ranks, function, here):
             result = function()
         except BaseException as raised:                # Ctrl-C too: the others wait
             error = raised
-    statuses = gathered(ranks, None if error is None else getattr(error, "status", 1))
+    everyone = gathered(ranks, None if error is None else getattr(error, "status", 1))
     if error is not None:
         raise error
-    if any(status is not None for status in statuses):
-        raise RankError("", next(status for status in statuses if status is not None))
+    if failed := [status for status in everyone if status is not None]:
+        raise RankError("", failed[0])
     return result
 
 

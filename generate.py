@@ -41,7 +41,7 @@ import model_definitions
 import pictures
 import random_keys
 from checkpoints import CheckpointError
-from command_line import InputError
+from command_line import InputError, positive
 from data import DataError
 
 GRID_LIMIT = 256                                  # pictures on grid.png at most; the single files hold them all
@@ -254,9 +254,7 @@ def write_alpha_maps(generator, c, arguments):
     low, high = float(alpha.min()), float(alpha.max())
     print(f"alpha: mean {alpha.mean():.2f}, {low:.2f} to {high:.2f}, spread within a picture "
           f"{alpha.std(axis=(1, 2)).mean():.2f}")
-    maps = pictures.grid(pictures.heat_map(alpha, low, high, log=True))
-    sheet = pictures.beside(pictures.grid(data.to_arrays(image)), maps,
-                            pictures.colour_bar(low, high, maps.shape[0], log=True))
+    sheet = pictures.beside(pictures.grid(data.to_arrays(image)), pictures.heat_maps(alpha, low, high, log=True))
     return save_sheet(arguments, "alpha_maps", pictures.stack([sheet], ["pictures, and their alpha on a log scale"]))
 
 
@@ -327,17 +325,6 @@ def write_video(generator, c, arguments):
 
 
 # ------------------------------------------------------------------------------------- command line
-
-def positive(kind):
-    """An argparse type: a `kind` above 0."""
-    def convert(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} can't be: give a number above 0")
-        return value
-    convert.__name__ = {int: "whole number", float: "number"}[kind]
-    return convert
-
 
 def make_parser():
     parser = command_line.Parser("generate.py", __doc__)

@@ -142,6 +142,12 @@ def colour_bar(low, high, height, log=False):
     return beside(bar, np.array(scale))
 
 
+def heat_maps(values, low, high, columns=None, log=False):
+    """Values (N, H, W) as a grid of heat maps with its scale beside it."""
+    maps = grid(heat_map(values, low, high, log), columns)
+    return beside(maps, colour_bar(low, high, maps.shape[0], log))
+
+
 def _position(values, low, high, log):
     """Where values lie between low and high, in [0, 1]."""
     if not low <= high or (log and low <= 0):

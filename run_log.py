@@ -48,12 +48,10 @@ def write_samples(state, c, image_set, folder):
 
     name = f"step_{state.counters['step']:08d}"
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
-    maps = pictures.heat_map(alpha.mean(1).numpy(), low, high, log=True)
-    for kind, sheet in (("real", data.to_arrays(data.to_image(real))), ("generated", data.to_arrays(image)),
-                        ("reconstructed", data.to_arrays(reconstructed)), ("alpha", maps)):
-        sheet = pictures.grid(sheet, columns)
-        if kind == "alpha":
-            sheet = pictures.beside(sheet, pictures.colour_bar(low, high, sheet.shape[0], log=True))
+    sheets = {kind: pictures.grid(data.to_arrays(part), columns) for kind, part in (
+        ("real", data.to_image(real)), ("generated", image), ("reconstructed", reconstructed))}
+    sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
+    for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
 

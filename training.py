@@ -481,11 +481,8 @@ def main(argv=None):
     the rest: lost to NaN, out of memory, a disk that stays full."""
     try:
         return start(argv)
-    except (InputError, DataError, CheckpointError) as error:
-        print(f"training.py: {error}", file=sys.stderr)
-        return 2
-    except (Lost, distributed.RankError) as error:
-        if str(error):
+    except (InputError, DataError, CheckpointError, Lost, distributed.RankError) as error:
+        if str(error):                    # none: another process says it
             print(f"training.py: {error}", file=sys.stderr)
         return error.status
     except OSError as error:

