@@ -24,7 +24,7 @@ HELD_OUT_MIN = 64           # images: with fewer than this to hold out, none is
 
 # ------------------------------------------------------------------------------------- networks
 LATENT_DIM = 128            # length of the noise vector z
-WIDTH = 32                  # channels of the first block of the critic, last of the decoder; each halving of the size doubles them
+WIDTH = 24                  # channels of the critic's first block, the decoder's last; doubled a block. 32: a step half as long again
 ENCODER_WIDTH = 16          # the same for the encoder, whose time buys less: see the table in README.md
 WIDTH_MAX = 256             # channels at most
 NUM_FRAMES = 16             # frames of the synthetic video, the picture itself and 15 modified copies

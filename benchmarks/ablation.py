@@ -181,12 +181,13 @@ def time_steps(states, c, image_set):
 
 
 def matching_width(flags):
-    """The decoder width, in eighths of WIDTH, with which a step without a layer takes as long as the Transformer's."""
+    """The decoder width, in fours above WIDTH (so its GroupNorms keep 4 or 8 groups), with which a step without a layer
+    takes as long as the Transformer's."""
     c, _ = command_line.parse_constants(flags)
     device = command_line.choose_device(c.DEVICE)
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
-    candidates = [c.WIDTH * eighths // 8 for eighths in range(8, 17)]
+    candidates = range(c.WIDTH, 2 * c.WIDTH + 1, 4)
     seconds = time_steps({name: new_state("wide" if name else "transformer", c, device, name)
                           for name in (0, *candidates)}, c, image_set)
     width = min(candidates, key=lambda name: abs(seconds[name] - seconds[0]))
@@ -363,6 +364,9 @@ def parse(argv):
     arguments = parser.parse_args(own)
     if unknown := [name for name in arguments.only if name not in LAYERS]:
         raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
+    names = [Path(folder).resolve().name for folder in arguments.data]
+    if len(set(names)) < len(names):
+        raise InputError(f"--data {' '.join(names)}: two folders of the same name, which would be one set in the table")
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():
             raise InputError(f"{file} can't be written: there is no folder {file.parent}")

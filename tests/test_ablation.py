@@ -129,6 +129,7 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
                          (["--csv", tmp_path / "other.csv"], "is no table of this script"),
                          (["--csv", tmp_path / "no" / "t.csv"], "there is no folder"),
                          (["--csv", tmp_path / "t.csv", "--only", "alpha"], "give some of none wide fixed"),
+                         (["--csv", tmp_path / "t.csv", "--data", "a/set", "b/set"], "two folders of the same name"),
                          (["--csv", tmp_path / "t.csv", "--minutes", "-1"], "give a number above 0"),
                          (["--csv", tmp_path / "t.csv", "--", "--image-size", "33"], "33")):
         assert ablation.main([str(flag) for flag in flags]) == 2
