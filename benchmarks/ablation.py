@@ -34,6 +34,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tables
+
 import command_line
 import data
 import evaluate
@@ -210,15 +212,6 @@ def read_table(file):
                  **{name: float(row[name]) for name in NUMBERS}} for row in reader]
 
 
-def append(file, row):
-    new = not file.exists()
-    with file.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -262,9 +255,10 @@ def measure(arguments, seed, folder, name):
                          f"{child.stderr.strip()[-300:]}")
     for line in child.stdout.splitlines():
         if line.startswith('{"view"'):
-            append(arguments.csv, {"set": set_name, "layer": name, "seed": seed, **json.loads(line),
-                                   "decoder_width": width if name == "wide" else 0, "flags": text,
-                                   "machine": machine(command_line.choose_device(c.DEVICE))})
+            tables.append(arguments.csv, COLUMNS, {
+                "set": set_name, "layer": name, "seed": seed, **json.loads(line),
+                "decoder_width": width if name == "wide" else 0, "flags": text,
+                "machine": machine(command_line.choose_device(c.DEVICE))})
 
 
 # ------------------------------------------------------------------------------------- the report
@@ -364,9 +358,7 @@ def parse(argv):
     arguments = parser.parse_args(own)
     if unknown := [name for name in arguments.only if name not in LAYERS]:
         raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
-    names = [Path(folder).resolve().name for folder in arguments.data]
-    if len(set(names)) < len(names):
-        raise InputError(f"--data {' '.join(names)}: two folders of the same name, which would be one set in the table")
+    tables.need_distinct_names(arguments.data)
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():
             raise InputError(f"{file} can't be written: there is no folder {file.parent}")

@@ -26,6 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tables
+
 import checkpoints
 import command_line
 import data
@@ -97,14 +99,9 @@ def measure(folder, c, extractor, arguments, done):
             shown.append(made[:SHOWN])
             real_features = extractor(real) if real_features is None else real_features
             found = evaluate.scores(made, real, extractor, real_features)
-            row = {"set": name, "side": side, "seed": seed, "minutes": arguments.minutes, "steps": steps,
-                   "images_seen": seen, **{key: f"{value:.4f}" for key, value in found.items()}}
-            new = not file.exists()
-            with file.open("a", newline="", encoding="utf-8") as out:
-                writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            tables.append(file, COLUMNS, {
+                "set": name, "side": side, "seed": seed, "minutes": arguments.minutes, "steps": steps,
+                "images_seen": seen, **{key: f"{value:.4f}" for key, value in found.items() if key in COLUMNS}})
         if len(shown) == 3:
             sheets = [pictures.grid(part.permute(0, 2, 3, 1).numpy()) for part in shown]
             pictures.save_picture(arguments.out / f"{name}_seed{seed}.png", pictures.beside(*sheets))
@@ -167,9 +164,7 @@ def start(argv):
     arguments = parse(argv)
     extractor = extractors.need_extractor(command_line.choose_device("auto"))
     c, _ = command_line.parse_constants(["--image-size", str(SIZE), "--runs-dir", str(arguments.out / "runs")])
-    names = [Path(folder).resolve().name for folder in arguments.data]
-    if len(set(names)) < len(names):
-        raise InputError(f"--data {' '.join(names)}: two folders of the same name")
+    tables.need_distinct_names(arguments.data)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for folder in arguments.data:
         done = {(row["set"], row["side"], row["seed"]) for row in read_results(arguments.out / "results.csv")}

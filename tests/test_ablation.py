@@ -115,7 +115,7 @@ def test_differences_are_paired_by_seed_and_say_which_way(tmp_path, capsys):
         ablation.sentence(rows)
     assert "at equal minutes in 0 of 1 pairs" in ablation.sentence(rows)
     for line in rows:
-        ablation.append(tmp_path / "t.csv", line)
+        ablation.tables.append(tmp_path / "t.csv", ablation.COLUMNS, line)
     assert ablation.read_table(tmp_path / "t.csv") == rows
     assert ablation.main(["--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "t.png")]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,23 @@
+"""What quality.py and ablation.py share: a CSV table that a later call goes on from, and the names of its sets."""
+
+import csv
+from pathlib import Path
+
+from command_line import InputError
+
+
+def append(file, columns, row):
+    """Appends row, a dict with columns as its keys, below a line of their names if file is new."""
+    new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def need_distinct_names(folders):
+    """Raises InputError where two folders have the same name, by which a table knows a set."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise InputError(f"--data {' '.join(names)}: two folders of the same name, which would be one set in the table")
