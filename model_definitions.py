@@ -76,7 +76,8 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, x, z):
         x = self.norm(x)
-        scale, shift = self.to_scale_and_shift(z)[:, :, None, None].chunk(2, dim=1)
+        with full_precision(z):                              # in bfloat16 they would be off all over the picture
+            scale, shift = self.to_scale_and_shift(z)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(x + shift, x, scale)
 
 
