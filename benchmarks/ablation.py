@@ -21,7 +21,6 @@ The layers, all after the Sigmoid's x in [0, 1]:
     detached     TransformerParamTanh through whose video no gradient flows back
 """
 
-import csv
 import json
 import statistics
 import subprocess
@@ -202,14 +201,8 @@ def matching_width(flags):
 
 def read_table(file):
     """The rows, numbers as numbers. Raises InputError where the file is another table."""
-    if not file.exists():
-        return []
-    with file.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise InputError(f"{file} is no table of this script: give another --csv")
-        return [{**row, "seed": int(row["seed"]), "decoder_width": int(row["decoder_width"]),
-                 **{name: float(row[name]) for name in NUMBERS}} for row in reader]
+    return [{**row, "seed": int(row["seed"]), "decoder_width": int(row["decoder_width"]),
+             **{name: float(row[name]) for name in NUMBERS}} for row in tables.read(file, COLUMNS)]
 
 
 def machine(device):

@@ -12,7 +12,6 @@ OUT/results.csv holds each training that is done, and the next call goes on from
 change. OUT/SET_seed0.png shows real pictures, this project's and DCGAN's, not picked. Bad input: status 2.
 """
 
-import csv
 import json
 import shutil
 import statistics
@@ -107,11 +106,14 @@ def measure(folder, c, extractor, arguments, done):
             pictures.save_picture(arguments.out / f"{name}_seed{seed}.png", pictures.beside(*sheets))
 
 
-def read_results(file):
-    if not file.exists():
-        return []
-    with file.open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
+def read_results(arguments):
+    """The rows of OUT/results.csv. Raises InputError where they are of other minutes."""
+    file = arguments.out / "results.csv"
+    rows = tables.read(file, COLUMNS)
+    others = {float(row["minutes"]) for row in rows} - {arguments.minutes}
+    if others:
+        raise InputError(f"{file} holds trainings of {others.pop():g} minutes: give those, or another --out")
+    return rows
 
 
 def table(rows):
@@ -167,11 +169,11 @@ def start(argv):
     tables.need_distinct_names(arguments.data)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for folder in arguments.data:
-        done = {(row["set"], row["side"], row["seed"]) for row in read_results(arguments.out / "results.csv")}
+        done = {(row["set"], row["side"], row["seed"]) for row in read_results(arguments)}
         measure(folder, c, extractor, arguments, done)
     print(f"{arguments.minutes:g} minutes each, {SIZE} px, {arguments.count:,} pictures against {arguments.count:,} "
           f"real ones, {extractor.name}; {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("\n".join(table(read_results(arguments.out / "results.csv"))))
+    print("\n".join(table(read_results(arguments))))
     return 0
 
 

@@ -16,6 +16,17 @@ def append(file, columns, row):
         writer.writerow(row)
 
 
+def read(file, columns):
+    """The rows as dicts of texts, [] where there is no file. Raises InputError where it is another table."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise InputError(f"{file} is no table of this script, or of an older one: move it away")
+        return list(reader)
+
+
 def need_distinct_names(folders):
     """Raises InputError where two folders have the same name, by which a table knows a set."""
     names = [Path(folder).resolve().name for folder in folders]

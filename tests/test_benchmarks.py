@@ -89,6 +89,8 @@ def test_quality_trains_both_sides_scores_them_and_goes_on_from_its_results(imag
     status, again, error = run("quality.py", *flags)
     assert status == 0 and "seed 0:" not in again, error
     assert again.splitlines()[-5:] == out.splitlines()[-5:]
+    status, _, error = run("quality.py", *flags[:3], "1", *flags[4:])
+    assert status == 2 and "holds trainings of 0.02 minutes" in error
 
 
 def test_feedback_compares_four_windows_at_two_places(image_folder, tmp_path, monkeypatch, capsys):
