@@ -252,6 +252,23 @@ def test_reconstruction_gradient_reaches_the_encoder(g):
     assert norms(generator)["vae.encoder.0.0.weight"] > 0
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_one_adam_step_of_the_heads_moves_the_posterior_little_at_any_size(size, g):
+    """Adam's first step moves each weight by the learning rate, here all in the one direction that adds up."""
+    vae = build(IMAGE_SIZE=size, WIDTH=config.WIDTH, WIDTH_MAX=config.WIDTH_MAX)[0].vae
+    image = torch.rand(4, 3, size, size, generator=g) * 2 - 1
+    with torch.no_grad():
+        features = vae.encoder(image).flatten(1)
+        mu, logvar = vae.encode(image)
+        assert 0.7 < (mu.square() + logvar.exp()).mean() < 2
+        weight = vae.to_mu.weight / features.shape[1] ** 0.5
+        torch.testing.assert_close(mu, features @ weight.T + vae.to_mu.bias, rtol=1e-4, atol=1e-4)
+        for head in (vae.to_mu, vae.to_logvar):
+            head.weight += config.LEARNING_RATE
+        for before, after in zip((mu, logvar), vae.encode(image)):
+            assert 0.001 < (after - before).abs().max() < 0.1
+
+
 def test_feedback_gradient_flows_through_alpha_alone(g):
     generator, _ = build()
     layer = wake_head(generator.layer)
