@@ -11,7 +11,7 @@ demo: .venv/run.stamp
 	@echo "pictures: runs/$(RUN)/samples, the newest last, and runs/$(RUN)/generated/grid.png"
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import training
 
 torch.set_num_threads(1)       # the tensors here are small: two threads would mostly wait for one another
+signal.signal(signal.SIGINT, signal.default_int_handler)    # or children would ignore it where a shell ran us behind &
 
 # Flags of a run that takes a fraction of a second a step.
 SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--encoder-width", "4", "--width-max", "32",
