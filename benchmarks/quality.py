@@ -168,8 +168,8 @@ def start(argv):
     c, _ = command_line.parse_constants(["--image-size", str(SIZE), "--runs-dir", str(arguments.out / "runs")])
     tables.need_distinct_names(arguments.data)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for folder in arguments.data:
-        done = {(row["set"], row["side"], row["seed"]) for row in read_results(arguments)}
+    done = {(row["set"], row["side"], row["seed"]) for row in read_results(arguments)}
+    for folder in arguments.data:                     # of names that differ, so no set's rows touch another's
         measure(folder, c, extractor, arguments, done)
     print(f"{arguments.minutes:g} minutes each, {SIZE} px, {arguments.count:,} pictures against {arguments.count:,} "
           f"real ones, {extractor.name}; {torch.get_num_threads()} threads, torch {torch.__version__}")
