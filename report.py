@@ -552,7 +552,7 @@ def page(run, live, count):
     figures, data = figures_of(shown, run.rows, last_step)
     scores, data_of_scores = evaluation(run, last_step)
     slider, points, uris = samples(run, count)
-    now = time.time()
+    now = int(time.time())                     # the page counts minutes; whole seconds keep its length the same
     script_data = {"points": points, "pictures": uris, "curves": {**data, **data_of_scores}, "last_step": last_step,
                    "left": LEFT, "right": RIGHT, "reload_seconds": RELOAD_SECONDS if live else 0, "written": now}
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
