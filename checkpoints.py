@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import torch
 
-FORMAT = 4       # raised when a field changes its meaning, or the networks their shape
+FORMAT = 5       # raised when a field changes its meaning, or the networks their shape
 KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
 UNSOUND = "_unsound"
 STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")     # a user's step_backup.pt is none, and is left alone

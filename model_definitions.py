@@ -370,7 +370,7 @@ class TransformerParamTanh(nn.Module):
 
         x (B, C, H, W) in [0, 1]
         -> displayed (1 + tanh(ALPHA_INIT * (2x - 1))) / 2, in [0, 1]
-        -> video (B, T*C, H, W) -> patch tokens (B, N, D) -> Transformer encoder (12 heads, 12 layers)
+        -> video (B, T*C, H, W) -> patch tokens (B, N, D), normalised -> Transformer encoder (12 heads, 12 layers)
         -> Linear: s, one a 4 x 4 pixels -> alpha = ALPHA_INIT * ALPHA_SPAN ** tanh(s), (B, 1, H, W)
         -> image = tanh(alpha * (2x - 1)), in [-1, 1]
 
@@ -389,7 +389,10 @@ class TransformerParamTanh(nn.Module):
         self.alpha_init, self.alpha_span = alpha_init, alpha_span
         self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
         self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
-        self.positions = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, dim))
+        self.token_norm = nn.LayerNorm(dim)
+        nn.init.normal_(self.to_tokens.weight)       # in front of a norm size means nothing, only how fast Adam turns it
+        self.side = image_size // patch                                  # patches along one side of the picture
+        self.positions = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True,
                                            norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
@@ -425,16 +428,24 @@ class TransformerParamTanh(nn.Module):
 
         video as in `forward`; changes: what `self.video.draw` gave, None for the fixed schedule.
         """
-        if video is None:
-            tokens = self.video.embed(self.displayed(x), self.to_tokens, self._on_device(changes, x))
-        else:
-            tokens = self.to_tokens(self.frames(x, video))                                  # (B, D, H/PATCH, W/PATCH)
-        side = tokens.shape[2]
-        tokens = tokens.flatten(2).transpose(1, 2) + self.positions                         # (B, N, D)
-        s = self.to_s(self.encode(tokens)).to(x.dtype)                       # (B, N, alpha_channels * cells**2)
-        s = F.pixel_shuffle(s.transpose(1, 2).unflatten(2, (side, side)), self.cells)    # (B, alpha_channels, H/4, W/4)
+        s = self.to_s(self.encode(self.tokens(x, video, changes))).to(x.dtype)    # (B, N, alpha_channels * cells**2)
+        s = s.transpose(1, 2).unflatten(2, (self.side, self.side))
+        s = F.pixel_shuffle(s, self.cells)                                        # (B, alpha_channels, H/4, W/4)
         s = F.interpolate(s, size=x.shape[2:], mode="bilinear", align_corners=False)
         return self.alpha_init * self.alpha_span ** torch.tanh(s)
+
+    def tokens(self, x, video=None, changes=None):
+        """What the Transformer reads, (B, N, D): patches of the frames, each normalised, and their positions.
+
+        A patch of the video has thousands of values, nearly alike from frame to frame. Unless they are centred and
+        their sum is normalised, Adam drives all tokens the same way, to hundreds of times what the Transformer's
+        layers add, and alpha ends up the same everywhere.
+        """
+        if video is None:
+            patches = self.video.embed(self.displayed(x) - 0.5, self.to_tokens, self._on_device(changes, x))
+        else:
+            patches = self.to_tokens(self.frames(x, video) - 0.5)                 # (B, D, H/PATCH, W/PATCH)
+        return self.token_norm(patches.flatten(2).transpose(1, 2)) + self.positions
 
     def encode(self, tokens):
         """self.transformer(tokens), (B, N, D) -> (B, N, D)."""
@@ -545,7 +556,7 @@ def summary(generator, critic, batch_size):
     parts = [
         ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
         ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
-        ("video and patch tokens", (layer.to_tokens,), lambda x: layer.video.embed(x, layer.to_tokens, changes), image),
+        ("video and patch tokens", (layer.to_tokens, layer.token_norm), lambda x: layer.video.embed(x, layer.to_tokens, changes), image),
         ("Transformer and alpha head", (layer.transformer, layer.to_s),
          lambda t: layer.to_s(layer.encode(t)), tokens),
         ("critic", (critic,), critic, image),

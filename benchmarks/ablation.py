@@ -64,7 +64,7 @@ class NoTransformer(TransformerParamTanh):
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.transformer = self.to_s = self.to_tokens = nn.Identity()
+        self.transformer = self.to_s = self.to_tokens = self.token_norm = nn.Identity()
         del self.positions
 
     def alpha(self, x, video=None, changes=None):
@@ -112,6 +112,8 @@ def new_state(name, c, device, decoder_width):
     """training_step.new_state with another layer and, for "wide", another decoder."""
     if name == "still":
         vars(c).update(STILL)
+    if name == "scalar":
+        c.LAYER_RATE = 1.0             # a share for a Transformer's thousands of weights; one number needs whole steps
     own = model_definitions.TransformerParamTanh, model_definitions.VAE
     model_definitions.TransformerParamTanh = LAYERS[name]
     if name == "wide":

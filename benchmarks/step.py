@@ -78,10 +78,10 @@ def parts(state, c, image_set):
     z = torch.cat([batch.z, batch.posterior_noise]).requires_grad_()
     with torch.no_grad():
         x = vae.decode(z)
-        displayed, fake = layer.displayed(x), layer(x)[:c.BATCH_SIZE]
-        tokens = layer.video.embed(displayed, layer.to_tokens, batch.changes).flatten(2).transpose(1, 2)
+        fake = layer(x)[:c.BATCH_SIZE]
+        tokens = layer.tokens(x, changes=batch.changes)
         s = layer.alpha(x)
-    displayed, fake, tokens, x, s = (t.detach().requires_grad_() for t in (displayed, fake, tokens, x, s))
+    fake, tokens, x, s = (t.detach().requires_grad_() for t in (fake, tokens, x, s))
 
     def penalty():
         losses.gradient_penalty(losses.gradient_norm(critic, fake.detach()[::c.GP_EVERY])).backward()
@@ -96,7 +96,7 @@ def parts(state, c, image_set):
         (mu.mean() + logvar.mean()).backward()
 
     def transformer():
-        layer.to_s(layer.encode(tokens + layer.positions)).mean().backward()
+        layer.to_s(layer.encode(tokens)).mean().backward()
 
     def alpha():
         small = F.interpolate(F.avg_pool2d(s, 4), size=x.shape[2:], mode="bilinear")
@@ -115,7 +115,7 @@ def parts(state, c, image_set):
         "encoder": (heads, 1),
         "decoder": (lambda: vae.decode(z).mean().backward(), 1),
         "layer: video and patch tokens": (
-            lambda: layer.video.embed(layer.displayed(x), layer.to_tokens, batch.changes).mean().backward(), 1),
+            lambda: layer.tokens(x, changes=batch.changes).square().mean().backward(), 1),
         "layer: Transformer and alpha head": (transformer, 1),
         "layer: alpha and tanh": (alpha, 1),
         "optimizers, finite checks, EMA": (update, 1),

@@ -35,7 +35,9 @@ def like(state, c):
                          for m in (state.generator, state.critic))
     betas = (c.BETA_1, c.BETA_2)
     return Textbook(generator, critic, copy.deepcopy(generator).requires_grad_(False),
-                    torch.optim.Adam(generator.parameters(), lr=c.LEARNING_RATE, betas=betas),
+                    torch.optim.Adam([{"params": generator.vae.parameters(), "lr": c.LEARNING_RATE},
+                                      {"params": generator.layer.parameters(), "lr": c.LEARNING_RATE * c.LAYER_RATE}],
+                                     betas=betas),
                     torch.optim.Adam(critic.parameters(), lr=c.CRITIC_LEARNING_RATE, betas=betas), copy.deepcopy(state))
 
 
@@ -53,9 +55,9 @@ def synthetic_video(picture, changes, pad):
 def generate(generator, z, changes):
     """z -> image in [-1, 1]: decoder, video, Transformer, tanh(alpha * (2x - 1))."""
     layer, x = generator.layer, generator.vae.decode(z)
-    tokens = layer.to_tokens(synthetic_video(layer.displayed(x), changes, layer.video.pad))
+    tokens = layer.to_tokens(synthetic_video(layer.displayed(x), changes, layer.video.pad) - 0.5)
     side = tokens.shape[2]
-    s = layer.to_s(layer.transformer(tokens.flatten(2).transpose(1, 2) + layer.positions))
+    s = layer.to_s(layer.transformer(layer.token_norm(tokens.flatten(2).transpose(1, 2)) + layer.positions))
     s = F.pixel_shuffle(s.transpose(1, 2).unflatten(2, (side, side)), layer.cells)
     s = F.interpolate(s, size=x.shape[2:], mode="bilinear", align_corners=False)
     return torch.tanh(layer.alpha_init * layer.alpha_span ** torch.tanh(s) * (2 * x - 1))

@@ -180,6 +180,25 @@ def test_layer_starts_as_a_plain_tanh_of_alpha_init(g):
     torch.testing.assert_close(generator.layer(x), torch.tanh(3.0 * (2 * x - 1)))
 
 
+@pytest.mark.parametrize("size, patch", [(32, 8), (128, 16)])
+def test_adam_steps_in_one_direction_leave_the_tokens_apart(size, patch, g):
+    """So the Transformer sees what the picture is. Not centred, tokens of different pictures would end 0.07 to 0.15
+    apart; with torch's initial weights ten steps would leave nothing of what the tokens were."""
+    layer = build(IMAGE_SIZE=size, PATCH=patch)[0].layer
+    x = torch.rand(4, 3, size // patch, size // patch, generator=g).kron(torch.ones(patch, patch))
+    signs = torch.where(torch.arange(len(layer.to_tokens.weight)) % 2 == 0, 1.0, -1.0)[:, None, None, None]
+
+    @torch.no_grad()
+    def tokens_after(steps):
+        layer.to_tokens.weight += steps * config.LEARNING_RATE * config.LAYER_RATE * signs
+        return layer.tokens(x) - layer.positions
+
+    before, ten, thousand = (tokens_after(steps) for steps in (0, 10, 990))
+    torch.testing.assert_close(thousand.square().mean(-1), torch.ones(4, (size // patch) ** 2), rtol=1e-3, atol=1e-3)
+    assert torch.nn.functional.cosine_similarity(before, ten, dim=-1).mean() > 0.9
+    assert thousand.std(0).mean() > 0.5
+
+
 def test_alpha_stays_within_its_bounds_whatever_the_weights(g):
     generator, _ = build()
     layer = wake_head(generator.layer, std=1000.0)
@@ -200,7 +219,7 @@ def test_each_patch_sets_alpha_where_it_lies():
     layer = generator.layer
     cells = torch.zeros(1, 16, 4)                        # 4 x 4 patches of 8 pixels, 2 x 2 cells in each
     cells[0, 6, 1] = 5.0                                 # patch row 1, column 2; its upper right cell
-    layer.to_s = torch.nn.Identity()
+    layer.to_s = layer.token_norm = torch.nn.Identity()
     layer.encode = lambda tokens: tokens
     layer.positions = torch.nn.Parameter(cells)
     layer.video.embed = lambda picture, conv, changes: torch.zeros(1, 4, 4, 4)

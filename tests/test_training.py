@@ -298,6 +298,16 @@ def test_the_layer_learns_in_the_generators_update(small_state):
     assert not torch.equal(tokens, state.generator.layer.to_tokens.weight)
 
 
+def test_adams_first_step_is_the_learning_rate_and_the_layers_its_share(small_state):
+    state, c, images = small_state
+    c.LEARNING_RATE, c.LAYER_RATE = 1e-2, 0.5
+    state.set_learning_rates(c)
+    vae, head = state.generator.vae.from_z.weight.detach().clone(), state.generator.layer.to_s.weight.detach().clone()
+    training_step.training_step(state, c, images)
+    assert (state.generator.vae.from_z.weight - vae).abs().median().item() == pytest.approx(1e-2, rel=1e-3)
+    assert (state.generator.layer.to_s.weight - head).abs().median().item() == pytest.approx(5e-3, rel=1e-3)
+
+
 def test_an_update_that_is_not_finite_is_skipped_and_counted(small_state):
     state, c, images = small_state
     before = vector(state.critic)
