@@ -390,7 +390,7 @@ class TransformerParamTanh(nn.Module):
         self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
         self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
         self.token_norm = nn.LayerNorm(dim)
-        nn.init.normal_(self.to_tokens.weight)       # in front of a norm size means nothing, only how fast Adam turns it
+        nn.init.normal_(self.to_tokens.weight)          # before a norm their size only sets how fast Adam turns them
         self.side = image_size // patch                                  # patches along one side of the picture
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True,
@@ -556,7 +556,8 @@ def summary(generator, critic, batch_size):
     parts = [
         ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
         ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
-        ("video and patch tokens", (layer.to_tokens, layer.token_norm), lambda x: layer.video.embed(x, layer.to_tokens, changes), image),
+        ("video and patch tokens", (layer.to_tokens, layer.token_norm), lambda x: layer.tokens(x, changes=changes),
+         image),
         ("Transformer and alpha head", (layer.transformer, layer.to_s),
          lambda t: layer.to_s(layer.encode(t)), tokens),
         ("critic", (critic,), critic, image),
