@@ -19,6 +19,10 @@ The layers, all after the Sigmoid's x in [0, 1]:
     bias         the same Transformer, but s is added to the decoder's logits, and alpha is ALPHA_INIT
     still        TransformerParamTanh that sees one picture repeated, not modified copies
     detached     TransformerParamTanh through whose video no gradient flows back
+Only if --only names them:
+    inner        the Transformer's alpha acts before the decoder's last ConvTranspose2d: tanh(alpha / ALPHA_INIT * .) of
+                 what that one's norm gives, for a second, final picture; the last tanh keeps ALPHA_INIT
+    inner_fixed  the same tanh, without a Transformer: one picture
 """
 
 import json
@@ -29,6 +33,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -103,8 +108,46 @@ class Detached(TransformerParamTanh):
         return super().alpha(x.detach(), video, changes)
 
 
+class BoundedNorm(model_definitions.ModulatedNorm):
+    """tanh(gain * ModulatedNorm), with a gain, 1 or (B, 1, H, W), that InnerGenerator sets; keeps what came in."""
+
+    gain, seen = 1.0, None
+
+    def forward(self, x, z):
+        self.seen = x, z
+        return torch.tanh(self.gain * super().forward(x, z))
+
+
+class InnerGenerator(model_definitions.Generator):
+    """alpha, predicted from a first picture, acts in the decoder's last block and makes a second one."""
+
+    def __init__(self, vae, layer):
+        super().__init__(vae, layer)
+        self.block = vae.decoder[-1]
+        self.block.norm.__class__ = BoundedNorm                          # the same weights
+
+    def image_and_alpha(self, z, video=None, changes=None):
+        x = self.vae.decode(z)
+        alpha = self.layer.alpha(x, video, changes)
+        if not isinstance(self.layer, NoTransformer):
+            x = self.again(alpha)
+        return self.layer.apply_alpha(x, self.layer.alpha_init), alpha
+
+    def again(self, alpha):
+        norm, (hidden, z) = self.block.norm, self.block.norm.seen
+        norm.gain = F.interpolate(alpha / self.layer.alpha_init, size=hidden.shape[2:], mode="area")
+        try:
+            return torch.sigmoid(self.block(hidden, z))
+        finally:
+            norm.gain = 1.0
+
+    def forward(self, z, video=None, generator=None):
+        return self.image_and_alpha(z, video, self.layer.video.draw(generator))[0]
+
+
 LAYERS = {"none": NoLayer, "wide": NoLayer, "fixed": NoTransformer, "scalar": OneAlpha,
           "transformer": TransformerParamTanh, "bias": Bias, "still": TransformerParamTanh, "detached": Detached}
+FURTHER = {"inner": TransformerParamTanh, "inner_fixed": NoTransformer}
 STILL = {"VIDEO_SHIFT": 0.0, "VIDEO_BRIGHTNESS": 0.0, "VIDEO_NOISE": 0.0}
 
 
@@ -114,14 +157,16 @@ def new_state(name, c, device, decoder_width):
         vars(c).update(STILL)
     if name == "scalar":
         c.LAYER_RATE = 1.0             # a share for a Transformer's thousands of weights; one number needs whole steps
-    own = model_definitions.TransformerParamTanh, model_definitions.VAE
-    model_definitions.TransformerParamTanh = LAYERS[name]
+    own = model_definitions.TransformerParamTanh, model_definitions.VAE, model_definitions.Generator
+    model_definitions.TransformerParamTanh = (LAYERS | FURTHER)[name]
+    if name in FURTHER:
+        model_definitions.Generator = InnerGenerator
     if name == "wide":
         model_definitions.VAE = wider(decoder_width)
     try:
         return training_step.new_state(c, device)
     finally:
-        model_definitions.TransformerParamTanh, model_definitions.VAE = own
+        model_definitions.TransformerParamTanh, model_definitions.VAE, model_definitions.Generator = own
 
 
 def wider(decoder_width):
@@ -263,7 +308,8 @@ def differences(rows, set_name, view):
     numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows
                if (row["set"], row["view"]) == (set_name, view)}
     found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
-                    if other == name and ("transformer", seed) in numbers] for name in LAYERS if name != "transformer"}
+                    if other == name and ("transformer", seed) in numbers]
+             for name in LAYERS | FURTHER if name != "transformer"}
     return {name: values for name, values in found.items() if values}
 
 
@@ -285,7 +331,7 @@ def table(rows):
                       "| layer | seeds | steps | images | minutes | Frechet distance | "
                       "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
                       "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-            for name in LAYERS:
+            for name in LAYERS | FURTHER:
                 cells = [row for row in chosen if row["layer"] == name]
                 if not cells:
                     continue
@@ -351,8 +397,8 @@ def parse(argv):
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N",
                         help="pictures to score [%(default)s]")
     arguments = parser.parse_args(own)
-    if unknown := [name for name in arguments.only if name not in LAYERS]:
-        raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
+    if unknown := [name for name in arguments.only if name not in LAYERS | FURTHER]:
+        raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS | FURTHER)}")
     tables.need_distinct_names(arguments.data)
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():

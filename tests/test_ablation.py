@@ -35,7 +35,7 @@ def show(layer, x, random_head=True):
     return layer.apply_alpha(x, layer.alpha(x, changes=layer.video.draw(torch.Generator().manual_seed(2))))
 
 
-@pytest.mark.parametrize("name", ablation.LAYERS)
+@pytest.mark.parametrize("name", ablation.LAYERS | ablation.FURTHER)
 def test_all_layers_start_from_the_same_critic_and_decoder(name):
     state, _ = state_of(name)
     other, _ = state_of("transformer")
@@ -78,6 +78,24 @@ def test_the_gradient_through_the_video_is_cut_where_it_is_detached_and_only_the
         gradient, = torch.autograd.grad(alpha.sum(), leaf, allow_unused=True)
         assert (gradient is None) == cut, name
         assert not cut or show(layer, leaf).requires_grad                                # x itself still learns
+
+
+def test_inner_alpha_scales_what_the_last_convolution_reads():
+    state, c = state_of("inner")
+    fixed, _ = state_of("inner_fixed")
+    z = torch.randn(2, c.LATENT_DIM, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(state.generator(z), fixed.generator(z))           # alpha starts at ALPHA_INIT
+    layer, block, vae = state.generator.layer, state.generator.vae.decoder[-1], state.generator.vae
+    torch.nn.init.normal_(layer.to_s.weight, std=0.5, generator=torch.Generator().manual_seed(1))
+    image, alpha = state.generator.image_and_alpha(z)
+    hidden = model_definitions.run(vae.decoder[:-1], vae.from_z(z).unflatten(1, vae.start_shape), z)
+    scale, shift = block.norm.to_scale_and_shift(z)[:, :, None, None].chunk(2, dim=1)
+    normalised = block.norm.norm(hidden) * (1 + scale) + shift
+    gain = alpha.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5)) / 3      # 2 x 2 pixels of the picture each
+    x = torch.sigmoid(block.up(torch.relu(torch.tanh(gain * normalised))))
+    torch.testing.assert_close(image, torch.tanh(3 * (2 * x - 1)), rtol=1e-4, atol=1e-5)
+    assert (image - fixed.generator(z)).abs().max() > 0.01
+    torch.testing.assert_close(state.generator(z), image)                         # nothing is left of the gain
 
 
 def test_a_still_video_is_one_picture_repeated(x):
