@@ -146,8 +146,9 @@ class InnerGenerator(model_definitions.Generator):
 
 
 LAYERS = {"none": NoLayer, "wide": NoLayer, "fixed": NoTransformer, "scalar": OneAlpha,
-          "transformer": TransformerParamTanh, "bias": Bias, "still": TransformerParamTanh, "detached": Detached}
-FURTHER = {"inner": TransformerParamTanh, "inner_fixed": NoTransformer}
+          "transformer": TransformerParamTanh, "bias": Bias, "still": TransformerParamTanh, "detached": Detached,
+          "inner": TransformerParamTanh, "inner_fixed": NoTransformer}
+FURTHER = ("inner", "inner_fixed")                     # only if --only names them
 STILL = {"VIDEO_SHIFT": 0.0, "VIDEO_BRIGHTNESS": 0.0, "VIDEO_NOISE": 0.0}
 
 
@@ -158,7 +159,7 @@ def new_state(name, c, device, decoder_width):
     if name == "scalar":
         c.LAYER_RATE = 1.0             # a share for a Transformer's thousands of weights; one number needs whole steps
     own = model_definitions.TransformerParamTanh, model_definitions.VAE, model_definitions.Generator
-    model_definitions.TransformerParamTanh = (LAYERS | FURTHER)[name]
+    model_definitions.TransformerParamTanh = LAYERS[name]
     if name in FURTHER:
         model_definitions.Generator = InnerGenerator
     if name == "wide":
@@ -309,7 +310,7 @@ def differences(rows, set_name, view):
                if (row["set"], row["view"]) == (set_name, view)}
     found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
                     if other == name and ("transformer", seed) in numbers]
-             for name in LAYERS | FURTHER if name != "transformer"}
+             for name in LAYERS if name != "transformer"}
     return {name: values for name, values in found.items() if values}
 
 
@@ -331,7 +332,7 @@ def table(rows):
                       "| layer | seeds | steps | images | minutes | Frechet distance | "
                       "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
                       "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-            for name in LAYERS | FURTHER:
+            for name in LAYERS:
                 cells = [row for row in chosen if row["layer"] == name]
                 if not cells:
                     continue
@@ -389,7 +390,8 @@ def parse(argv):
     parser.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of images; none: only the report")
     parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table: read, and appended to")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG of the paired differences (needs matplotlib)")
-    parser.add_argument("--only", nargs="+", default=list(LAYERS), metavar="LAYER", help="some of the layers")
+    parser.add_argument("--only", nargs="+", default=[name for name in LAYERS if name not in FURTHER], metavar="LAYER",
+                        help="some of the layers")
     parser.add_argument("--seeds", type=positive(int), default=3, metavar="N", help="[%(default)s]")
     parser.add_argument("--steps", type=positive(int), default=800, metavar="N", help="of the first view [%(default)s]")
     parser.add_argument("--minutes", type=positive(float), default=8.0, metavar="X",
@@ -397,8 +399,8 @@ def parse(argv):
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N",
                         help="pictures to score [%(default)s]")
     arguments = parser.parse_args(own)
-    if unknown := [name for name in arguments.only if name not in LAYERS | FURTHER]:
-        raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS | FURTHER)}")
+    if unknown := [name for name in arguments.only if name not in LAYERS]:
+        raise InputError(f"--only {' '.join(unknown)} can't be: give some of {' '.join(LAYERS)}")
     tables.need_distinct_names(arguments.data)
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():

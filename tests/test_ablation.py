@@ -35,7 +35,7 @@ def show(layer, x, random_head=True):
     return layer.apply_alpha(x, layer.alpha(x, changes=layer.video.draw(torch.Generator().manual_seed(2))))
 
 
-@pytest.mark.parametrize("name", ablation.LAYERS | ablation.FURTHER)
+@pytest.mark.parametrize("name", ablation.LAYERS)
 def test_all_layers_start_from_the_same_critic_and_decoder(name):
     state, _ = state_of(name)
     other, _ = state_of("transformer")
