@@ -4,11 +4,13 @@
     python benchmarks/ablation.py --csv docs/ablation.csv --plot docs/ablation.png             # only reports
     python benchmarks/ablation.py --data DIR --csv my.csv --only fixed transformer --seeds 5 --minutes 20
 
-One training a cell (layer, set, seed), one after the other; a training is scored twice, after --steps steps and after
---minutes of its loop, so that a layer that is merely slower shows as such. Scored with --count pictures against as
-many real ones (evaluate.py), and with the reconstruction error of held-out images (of training images where none is
-held out). Each row is appended to the table when it is known; the same command goes on with what is missing. Flags of
-training.py may follow behind --. Needs the extractor's weights; nothing else should run meanwhile. Bad input: status 2.
+First all layers make steps in turns, while nothing else should run: TABLE_times.csv says how long a step of each takes.
+Then one training a cell (layer, set, seed), --jobs at once, scored twice: after --steps steps, and after the steps that
+take --minutes by that file, so that a layer that is merely slower shows as such. A times file of another machine may
+be put there: then the minutes are that machine's. Scored with --count pictures against as many real ones (evaluate.py),
+and with the reconstruction error of held-out images (of training images where none is held out). Each row is appended
+to the table when it is known; the same command goes on with what is missing. Flags of training.py may follow behind
+--, in place of --image-size 32 --patch 8. Needs the extractor's weights. Bad input: status 2.
 
 The layers, all after the Sigmoid's x in [0, 1]:
     none         2x - 1
@@ -26,10 +28,14 @@ Only if --only names them:
 """
 
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -54,9 +60,11 @@ from model_definitions import TransformerParamTanh
 KEYS = ("set", "layer", "seed", "view")                       # of a row; view: "steps" or "minutes"
 NUMBERS = ("steps", "minutes", "images", "frechet", "kid", "kid_error", "reconstruction")
 COLUMNS = (*KEYS, *NUMBERS, "decoder_width", "flags", "machine")
-DEFAULT_FLAGS = ("--image-size", "32", "--patch", "8")         # 16 tokens, as at 64 px; what is behind -- comes after
-TIMED_STEPS = 4                                               # in a turn, when the wide decoder is looked for
+TIMES = ("layer", "decoder_width", "seconds", "flags", "machine")             # columns of the times file
+DEFAULT_FLAGS = ("--image-size", "32", "--patch", "8")         # 16 tokens, as at 64 px
+TIMED_STEPS = 4                                               # of a turn
 TURNS = 5
+APPENDING = threading.Lock()
 
 
 # ------------------------------------------------------------------------------------- the layers
@@ -98,7 +106,7 @@ class Bias(TransformerParamTanh):
     """s moves the decoder's logits by up to ALPHA_INIT either way, where TransformerParamTanh sets alpha by it."""
 
     def apply_alpha(self, x, alpha):
-        tanh_s = torch.log(alpha / self.alpha_init) / torch.log(alpha.new_tensor(self.alpha_span))
+        tanh_s = torch.log(alpha / self.alpha_init) / math.log(self.alpha_span)
         moved = torch.sigmoid(torch.logit(x, eps=1e-6) + self.alpha_init * tanh_s)
         return super().apply_alpha(moved, self.alpha_init)
 
@@ -115,7 +123,7 @@ class BoundedNorm(model_definitions.ModulatedNorm):
 
     def forward(self, x, z):
         self.seen = x, z
-        return torch.tanh(self.gain * super().forward(x, z))
+        return torch.tanh(self.gain * super().forward(x, z)).clone()     # the ReLU behind it works in place
 
 
 class InnerGenerator(model_definitions.Generator):
@@ -187,62 +195,76 @@ def train(cell, flags):
     device = command_line.choose_device(c.DEVICE)
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
-    state, views, seconds = new_state(name, c, device, cell["decoder_width"]), set(), 0.0
-    while len(views) < 2:
-        start = time.monotonic()
-        training_step.training_step(state, c, image_set)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds += time.monotonic() - start
-        for view, reached in (("steps", state.counters["step"] >= cell["steps"]),
-                              ("minutes", seconds >= 60 * cell["minutes"])):
-            if reached and view not in views:
-                views.add(view)
-                print(json.dumps({"view": view, "steps": state.counters["step"], "minutes": round(seconds / 60, 3),
-                                  "images": state.counters["images_seen"],
-                                  **score(state.ema, image_set, cell["count"], seed, cell["features"])}), flush=True)
+    state = new_state(name, c, device, cell["decoder_width"])
+    for steps in sorted(set(cell["views"].values())):
+        while state.counters["step"] < steps:
+            training_step.training_step(state, c, image_set)
+            state.count_skipped()                                    # waits, so that steps don't queue up on a GPU
+        found = score(state.ema, image_set, cell["count"], seed, Path(cell["features"]))
+        for view in (view for view, when in cell["views"].items() if when == steps):
+            print(json.dumps({"view": view, "steps": steps, "images": state.counters["images_seen"], **found}),
+                  flush=True)
 
 
 def score(generator, image_set, count, seed, features_file):
     """Frechet distance, KID, its error, and the mean absolute error of reconstructions in [-1, 1]."""
     extractor = extractors.need_extractor(next(generator.parameters()).device)
-    if not Path(features_file).exists():                              # of the real images, once a set
-        torch.save(extractor(evaluate.some(image_set, count)), features_file)
+    if not features_file.exists():                                    # of the real images, once a set
+        own = features_file.with_suffix(f".{os.getpid()}")            # another cell may be at it as well
+        torch.save(extractor(evaluate.some(image_set, count)), own)
+        own.replace(features_file)
     made = extractor(evaluate.generate(generator, generator.vae.latent_dim, count, seed))
     real = torch.load(features_file, weights_only=True)
     kid, error = metrics.kernel_distance(made, real)
-    look = evaluate.look_at_folder(generator, image_set, count // evaluate.LOOK)
-    chosen = look["held_out"] if look["held_out"].any() else ~look["held_out"]
+    rows = (image_set.held_out if len(image_set.held_out) else image_set.train)[:count]
+    images = data.read_batch(image_set, rows).split(evaluate.BATCH)
+    errors = [metrics.absolute_error(part, evaluate.encode_and_reconstruct(generator, part)[1]) for part in images]
     return {"frechet": metrics.frechet_distance(made, real), "kid": kid, "kid_error": error,
-            "reconstruction": look["l1"][chosen].mean().item() / 127.5}
+            "reconstruction": torch.cat(errors).mean().item() / 127.5}
 
+
+# ------------------------------------------------------------------------------------- how long a step takes
 
 def time_steps(states, c, image_set):
     """{name: median seconds of a step}; all take turns, so that a slow minute meets all."""
     times = {name: [] for name in states}
-    for _ in range(TURNS + 1):
+    for turn in range(TURNS + 1):
         for name, state in states.items():
             start = time.perf_counter()
-            for _ in range(TIMED_STEPS):
+            for _ in range(TIMED_STEPS if turn else TIMED_STEPS + training_step.RecordedStep.WARM_UP):
                 training_step.training_step(state, c, image_set)
+            state.count_skipped()                                                    # waits for the device
             times[name].append((time.perf_counter() - start) / TIMED_STEPS)
     return {name: statistics.median(found[1:]) for name, found in times.items()}     # the first turn warms up
 
 
-def matching_width(flags):
-    """The decoder width, in fours above WIDTH (so its GroupNorms keep 4 or 8 groups), with which a step without a layer
-    takes as long as the Transformer's."""
+def measure_times(flags, text):
+    """Rows of a times file. The wide decoder has that width, in fours above WIDTH (so its GroupNorms keep 4 or 8
+    groups), with which a step without a layer takes as long as the Transformer's."""
     c, _ = command_line.parse_constants(flags)
     device = command_line.choose_device(c.DEVICE)
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
-    candidates = range(c.WIDTH, 2 * c.WIDTH + 1, 4)
-    seconds = time_steps({name: new_state("wide" if name else "transformer", c, device, name)
-                          for name in (0, *candidates)}, c, image_set)
-    width = min(candidates, key=lambda name: abs(seconds[name] - seconds[0]))
-    print(f"a step takes {seconds[0]:.3f} s with the Transformer, {seconds[candidates[0]]:.3f} s without; "
-          f"{seconds[width]:.3f} s with a decoder of width {width} instead of {c.WIDTH}", flush=True)
-    return width
+    widths = range(c.WIDTH + 4, 2 * c.WIDTH + 1, 4)
+    names = [name for name in LAYERS if name != "wide"]
+    states = {name: new_state("wide" if name in widths else name, command_line.parse_constants(flags)[0], device, name)
+              for name in (*names, *widths)}
+    seconds = time_steps(states, c, image_set)
+    width = min(widths, key=lambda width: abs(seconds[width] - seconds["transformer"]))
+    return [{"layer": name, "decoder_width": width if name == "wide" else c.WIDTH,
+             "seconds": round(seconds[width if name == "wide" else name], 5), "flags": text, "machine": machine(device)}
+            for name in LAYERS]
+
+
+def read_times(table):
+    """{layer: (seconds of a step, decoder width)} and the machine that they are of, {} and "" without the file."""
+    rows = tables.read(times_file(table), TIMES)
+    return ({row["layer"]: (float(row["seconds"]), int(row["decoder_width"])) for row in rows},
+            rows[0]["machine"] if rows else "")
+
+
+def times_file(table):
+    return table.with_name(f"{table.stem}_times.csv")
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -264,28 +286,35 @@ def machine(device):
 def measure_all(arguments):
     """Trains all cells that the table lacks, sets and seeds in the outer loops: a grid that was cut short is one of
     fewer pairs."""
-    for seed in range(arguments.seeds):
-        for folder in arguments.data:
-            for name in arguments.only:
-                measure(arguments, seed, folder, name)
-
-
-def measure(arguments, seed, folder, name):
-    rows, set_name = read_table(arguments.csv), Path(folder).resolve().name
     text = " ".join(arguments.flags)
+    rows = read_table(arguments.csv)
     others = {row["flags"] for row in rows} - {text}
     if others:
-        raise InputError(f"{arguments.csv} was made with {others.pop() or 'other flags'}: give another --csv")
-    key = (set_name, name, seed)
-    if sum((row["set"], row["layer"], row["seed"]) == key for row in rows) == 2:
-        return
-    flags = ["--data", folder, *arguments.flags]
-    width = next((row["decoder_width"] for row in rows if row["decoder_width"]), 0)
-    if name == "wide" and not width:
-        width = matching_width(flags)
+        raise InputError(f"{arguments.csv} was made with {others.pop()}: give another --csv")
+    file = times_file(arguments.csv)
+    if not file.exists():
+        print(f"{time.strftime('%H:%M')} timing the layers", flush=True)
+        for row in measure_times(["--data", arguments.data[0], *arguments.flags], text):
+            tables.append(file, TIMES, row)
+    times, _ = read_times(arguments.csv)
+    done = {tuple(row[key] for key in ("set", "layer", "seed")) for row in rows}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        cells = [pool.submit(measure, arguments, seed, folder, name, *times[name])
+                 for seed in range(arguments.seeds) for folder in arguments.data for name in arguments.only
+                 if (Path(folder).resolve().name, name, seed) not in done]
+        try:
+            errors = [cell.exception() for cell in cells]             # one bad cell doesn't stop the others
+        finally:
+            pool.shutdown(cancel_futures=True)
+    for error in filter(None, errors):
+        raise error
+
+
+def measure(arguments, seed, folder, name, seconds, width):
+    flags, set_name = ["--data", folder, *arguments.flags], Path(folder).resolve().name
     c, _ = command_line.parse_constants(flags)
-    cell = {"layer": name, "seed": seed, "decoder_width": width, "steps": arguments.steps,
-            "minutes": arguments.minutes, "count": arguments.count,
+    cell = {"layer": name, "seed": seed, "decoder_width": width, "count": arguments.count,
+            "views": {"steps": arguments.steps, "minutes": math.ceil(60 * arguments.minutes / seconds)},
             "features": str(Path(c.RUNS_DIR) / f"ablation_{set_name}_{c.IMAGE_SIZE}_{arguments.count}.pt")}
     Path(c.RUNS_DIR).mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%H:%M')} {set_name}, {name}, seed {seed}", flush=True)
@@ -294,11 +323,12 @@ def measure(arguments, seed, folder, name):
     if child.returncode:
         raise InputError(f"{set_name}, {name}, seed {seed} ended with status {child.returncode}: "
                          f"{child.stderr.strip()[-300:]}")
-    for line in child.stdout.splitlines():
-        if line.startswith('{"view"'):
+    found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('{"view"')]
+    with APPENDING:
+        for row in found:
             tables.append(arguments.csv, COLUMNS, {
-                "set": set_name, "layer": name, "seed": seed, **json.loads(line),
-                "decoder_width": width if name == "wide" else 0, "flags": text,
+                "set": set_name, "layer": name, "seed": seed, "minutes": round(row["steps"] * seconds / 60, 3), **row,
+                "decoder_width": width, "flags": " ".join(arguments.flags),
                 "machine": machine(command_line.choose_device(c.DEVICE))})
 
 
@@ -318,8 +348,8 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def table(rows):
-    """Lines of a Markdown table for each set and view."""
+def table(rows, timed_on=""):
+    """Lines of a Markdown table for each set and view. timed_on: the machine whose minutes they are."""
     lines = []
     for view in ("steps", "minutes"):
         for set_name in dict.fromkeys(row["set"] for row in rows):
@@ -328,7 +358,8 @@ def table(rows):
                 continue
             paired = differences(rows, set_name, view)
             least = min(row[view] for row in chosen)
-            lines += ["", f"{set_name}, after {least:,.0f} {view}:", "",
+            of = f" of {timed_on}" if view == "minutes" and timed_on else ""
+            lines += ["", f"{set_name}, after {least:,.0f} {view}{of}:", "",
                       "| layer | seeds | steps | images | minutes | Frechet distance | "
                       "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
                       "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -393,6 +424,8 @@ def parse(argv):
     parser.add_argument("--only", nargs="+", default=[name for name in LAYERS if name not in FURTHER], metavar="LAYER",
                         help="some of the layers")
     parser.add_argument("--seeds", type=positive(int), default=3, metavar="N", help="[%(default)s]")
+    parser.add_argument("--jobs", type=positive(int), default=1, metavar="N",
+                        help="trainings at once: more than one fills a GPU [%(default)s]")
     parser.add_argument("--steps", type=positive(int), default=800, metavar="N", help="of the first view [%(default)s]")
     parser.add_argument("--minutes", type=positive(float), default=8.0, metavar="X",
                         help="of the second view [%(default)s]")
@@ -405,7 +438,7 @@ def parse(argv):
     for file in (arguments.csv, arguments.plot):
         if file and not file.parent.is_dir():
             raise InputError(f"{file} can't be written: there is no folder {file.parent}")
-    arguments.flags = [*DEFAULT_FLAGS, *flags]
+    arguments.flags = flags or list(DEFAULT_FLAGS)
     command_line.parse_constants(arguments.flags)                     # raises what training.py would
     if arguments.data:
         extractors.need_extractor(torch.device("cpu"))
@@ -418,11 +451,12 @@ def start(argv):
         train(json.loads(argv[1]), argv[2:])
         return 0
     arguments = parse(argv)
-    measure_all(arguments)
+    if arguments.data:
+        measure_all(arguments)
     rows = read_table(arguments.csv)
     if not rows:
         raise InputError(f"{arguments.csv} holds no rows: give --data")
-    print("\n".join([sentence(rows), *table(rows)]))
+    print("\n".join([sentence(rows), *table(rows, read_times(arguments.csv)[1])]))
     if arguments.plot:
         draw(rows, arguments.plot)
     return 0
