@@ -232,6 +232,7 @@ def write_directions(generator, c, arguments):
     count = len(axes["axes"])
     if arguments.directions > count:
         raise InputError(f"--directions {arguments.directions} can't be: this run has {count}")
+    axes = {name: tensor.cpu() for name, tensor in axes.items()}
     start = latent_space.draw_z(arguments.seed, 0, 1, c.LATENT_DIM)[0]
     rows = []
     for axis, deviation in zip(axes["axes"][:arguments.directions], axes["deviations"]):

@@ -83,8 +83,8 @@ def start(argv):
     print("| head | window | frame | alpha (range) | change | flicker |\n| --- | --- | --- | --- | --- | --- |")
     for head in ("trained", "random"):
         if head == "random":
-            torch.nn.init.normal_(generator.layer.to_s.weight, std=RANDOM_STD,
-                                  generator=torch.Generator().manual_seed(arguments.seed))
+            head = generator.layer.to_s.weight
+            head.copy_(RANDOM_STD * torch.randn(head.shape, generator=torch.Generator().manual_seed(arguments.seed)))
         for window, images in (("walk", walk(generator, z)), ("feedback", generate.feedback(generator, z)),
                                ("frozen", generate.feedback(generator, z, frozen=True)),
                                ("fixed", fixed(generator, z))):
