@@ -33,7 +33,7 @@ TRANSFORMER_DIM = 48        # width of a token, a multiple of TRANSFORMER_HEADS;
 TRANSFORMER_HEADS = 12      # attention heads of each layer
 TRANSFORMER_LAYERS = 12     # layers of the Transformer encoder
 ALPHA_INIT = 3.0            # alpha at the start: tanh(3 * (2x - 1)) reaches level 254 of 255, with 2 only 250
-ALPHA_SPAN = 3.0            # alpha stays within ALPHA_INIT / ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN
+ALPHA_SPAN = 3.0            # alpha stays within ALPHA_INIT / ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN; 1: no Transformer runs, see README.md
 ALPHA_PER_CHANNEL = False   # one alpha a pixel and channel instead of one a pixel
 VIDEO_SHIFT = 0.06          # largest shift of a frame, as a share of IMAGE_SIZE
 VIDEO_BRIGHTNESS = 0.1      # largest change of a frame's brightness, of the range 0 to 1
@@ -65,6 +65,7 @@ MAX_ROLLBACKS = 3           # times that a run goes back, each time with half th
 # ------------------------------------------------------------------------------------- speed
 BFLOAT16 = True             # CUDA: convolutions and products in bfloat16 where it is safe; off: all in float32
 TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster
+CUDA_GRAPH = True           # CUDA, one process: a step's kernels are recorded once and then started as one
 COMPILE = False             # torch.compile for the losses: minutes at the start; on the CPU the critic got slower by it
 RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save memory (activation checkpointing)
 

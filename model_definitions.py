@@ -142,7 +142,10 @@ def run(modules, x, *others, recompute=False):
     again in the backward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"): only for modules
     that draw nothing."""
     for module in modules:
-        x = checkpoint(module, x, *others, use_reentrant=False) if recompute else module(x, *others)
+        if recompute:
+            x = checkpoint(module, x, *others, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = module(x, *others)
     return x
 
 
@@ -376,6 +379,7 @@ class TransformerParamTanh(nn.Module):
 
     alpha is positive and bounded, ALPHA_INIT / ALPHA_SPAN .. ALPHA_INIT * ALPHA_SPAN, so that no step can turn a
     picture grey or saturate the layer for good. The head starts at zero: the layer begins as tanh(ALPHA_INIT * .).
+    With an ALPHA_SPAN of 1 it stays that, and the Transformer is not run.
     Compare Dynamic Tanh (Zhu et al. 2025, "Transformers without Normalization"): one learned scalar a layer,
     where here a Transformer predicts alpha for each picture and place.
     """
@@ -428,6 +432,8 @@ class TransformerParamTanh(nn.Module):
 
         video as in `forward`; changes: what `self.video.draw` gave, None for the fixed schedule.
         """
+        if self.alpha_span == 1:                                                  # there is nothing to predict
+            return torch.full_like(x[:, :self.alpha_channels], self.alpha_init)
         s = self.to_s(self.encode(self.tokens(x, video, changes))).to(x.dtype)    # (B, N, alpha_channels * cells**2)
         s = s.transpose(1, 2).unflatten(2, (self.side, self.side))
         s = F.pixel_shuffle(s, self.cells)                                        # (B, alpha_channels, H/4, W/4)

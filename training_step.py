@@ -39,6 +39,7 @@ class State:
     functions: SimpleNamespace       # where a step's time goes, compiled where COMPILE asks for it
     skipped: torch.Tensor            # updates not applied, counted on the device: see apply_update
     ranks: distributed.Ranks = distributed.ALONE     # this process among those that train together
+    graphs: dict = field(default_factory=dict)       # RecordedStep for each kind of step, see record_and_replay
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
                                                     "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
 
@@ -57,6 +58,10 @@ class State:
     def load_state_dict(self, saved):
         for name in self.PARTS:
             getattr(self, name).load_state_dict(saved[name])
+        for optimizer in (self.generator_optimizer, self.critic_optimizer):      # the file may be of another device
+            for group in optimizer.param_groups:
+                group.update(fused=optimizer.defaults["fused"], capturable=optimizer.defaults["capturable"])
+        self.graphs.clear()                      # they hold the addresses of Adam's averages before
         self.counters.update(saved["counters"])
         self.skipped.fill_(self.counters["skipped_updates"])
 
@@ -69,6 +74,7 @@ class State:
 
     def set_learning_rates(self, c):
         """The constants' rates, times what rollbacks left of them."""
+        self.graphs.clear()                      # they hold the rates before
         for optimizer, rates in ((self.generator_optimizer, generator_rates(c)),
                                  (self.critic_optimizer, [c.CRITIC_LEARNING_RATE])):
             for group, rate in zip(optimizer.param_groups, rates):
@@ -95,7 +101,8 @@ def new_state(c, device, ranks=distributed.ALONE):
 
     def adam(models, rates):                 # fused: twice as fast as the default, on the CPU too
         groups = [{"params": model.parameters(), "lr": rate} for model, rate in zip(models, rates)]
-        return torch.optim.Adam(groups, betas=(c.BETA_1, c.BETA_2), fused=device.type in FUSED_ADAM)
+        return torch.optim.Adam(groups, betas=(c.BETA_1, c.BETA_2), fused=device.type in FUSED_ADAM,
+                                capturable=device.type == "cuda")
 
     functions = (generator_pass, generator_loss, critic_scores, losses.gradient_norm)
     compiled = {f.__name__: torch.compile(f, fullgraph=True) if c.COMPILE else f for f in functions}
@@ -348,20 +355,69 @@ def update_ema(state, c):
     torch._foreach_lerp_(list(state.ema.parameters()), list(state.generator.parameters()), weight)
 
 
-def training_step(state, c, image_set):
-    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors) of this process.
+def updates(state, c, batches):
+    """All updates of a step, which is all that it does on the device but the averaging; returns the scalars to log.
 
     The generator does not change between the last critic update and its own, so the two share z and, where a batch
     is one piece, the pass that made the pictures too.
     """
     values, shared, parts = {}, None, micro_batches(state, c)
-    for update in range(c.N_CRITIC):
-        batch = make_batch(state, c, image_set, update)
-        if len(parts) == 1 and update == c.N_CRITIC - 1:
+    for batch in batches:
+        if len(parts) == 1 and batch is batches[-1]:
             with mixed_precision(state, c):
                 shared = make_pictures(state, batch, parts[0])
         values |= critic_step(state, c, batch, shared)
-    values |= generator_step(state, c, batch, shared)
+    return values | generator_step(state, c, batches[-1], shared)
+
+
+class RecordedStep:
+    """`updates`, recorded once as a CUDA graph and then replayed: thousands of small kernels start as one.
+
+    The first steps run as they are, on a stream of their own as PyTorch asks for: cuDNN chooses its algorithms, Adam
+    makes its averages, and COMPILE compiles. The recording keeps the addresses of all tensors: new batches are copied
+    to the first one's place.
+    """
+
+    WARM_UP = 3      # steps
+
+    def __init__(self):
+        self.steps, self.graph = 0, None
+
+    def __call__(self, state, c, batches):
+        self.steps += 1
+        if self.steps <= self.WARM_UP:
+            stream, before = torch.cuda.Stream(state.device), torch.cuda.current_stream(state.device)
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                values = updates(state, c, batches)
+            before.wait_stream(stream)
+            return values
+        if self.graph is None:
+            self.graph, self.batches = torch.cuda.CUDAGraph(), batches
+            with torch.cuda.graph(self.graph):
+                self.values = updates(state, c, batches)
+        else:
+            torch._foreach_copy_(self.tensors(self.batches), self.tensors(batches))
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.values.items()}
+
+    @staticmethod
+    def tensors(batches):
+        return [tensor for batch in batches for tensor in (batch.real, batch.z, batch.posterior_noise, batch.between,
+                                                           *batch.changes, *(batch.walk or ()))]
+
+
+def record_and_replay(state, c, batches):
+    """`updates` by way of the RecordedStep of this kind of step: with or without a walk, a graph each."""
+    kind = tuple(batch.walk is None for batch in batches)
+    return state.graphs.setdefault(kind, RecordedStep())(state, c, batches)
+
+
+def training_step(state, c, image_set):
+    """N_CRITIC critic updates, one generator update, EMA; returns the step's scalars (tensors) of this process."""
+    batches = [make_batch(state, c, image_set, update) for update in range(c.N_CRITIC)]
+    recorded = c.CUDA_GRAPH and state.device.type == "cuda" and state.ranks.size == 1
+    values = (record_and_replay if recorded else updates)(state, c, batches)
     state.counters["images_seen"] += c.BATCH_SIZE
     update_ema(state, c)
     state.counters["step"] += 1

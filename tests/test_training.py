@@ -456,7 +456,7 @@ def test_a_step_on_cuda_waits_for_the_device_at_most_once(photos, tmp_path):
     c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--device", "cuda"])
     state = training_step.new_state(c, torch.device("cuda"))
     images = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
-    for _ in range(3):
+    for _ in range(training_step.RecordedStep.WARM_UP + 1):
         training_step.training_step(state, c, images)
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -466,6 +466,54 @@ def test_a_step_on_cuda_waits_for_the_device_at_most_once(photos, tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("flags", [(), ("--n-critic", "2"), ("--feedback-prob", "0.5"), ("--micro-batch", "2"),
+                                   ("--recompute-activations",)])
+def test_a_recorded_step_computes_what_a_step_computes(flags, photos, tmp_path):
+    """In full float32, so that nothing but the order of sums differs."""
+    ends = []
+    for way in ("--cuda-graph", "--no-cuda-graph"):
+        c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--device", "cuda", "--no-bfloat16", "--no-tf32",
+                                             way, *flags])
+        training_step.set_up(torch.device("cuda"), c)
+        state = training_step.new_state(c, torch.device("cuda"))
+        images = data.load_images(photos, 32, 3, tmp_path / "cache", workers=0)
+        start = torch.nn.utils.parameters_to_vector(state.generator.parameters()).detach()
+        values = [training_step.training_step(state, c, images) for _ in range(12)]
+        assert bool(state.graphs) == (way == "--cuda-graph")
+        end = torch.nn.utils.parameters_to_vector(state.generator.parameters()).detach()
+        ends.append((values[-1], end - start))
+    (values, way), (plain_values, plain_way) = ends
+    assert (way - plain_way).norm() < 0.1 * plain_way.norm()
+    assert {k: v.item() for k, v in values.items()} == pytest.approx({k: v.item() for k, v in plain_values.items()},
+                                                                     rel=0.05, abs=0.02)
+
+
+def test_alpha_without_a_span_is_fixed_and_trains_without_the_transformer(photos, tmp_path, run, capsys):
+    c, _ = command_line.parse_constants(["--data", photos, *SMALL, "--alpha-span", "1"])
+    state = training_step.new_state(c, torch.device("cpu"))
+    state.generator.layer.transformer.forward = state.generator.layer.encode = None              # not to be called
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(state.generator.layer(x), torch.tanh(3 * (2 * x - 1)))
+    before = [p.detach().clone() for p in state.generator.layer.parameters()]
+    values = training_step.training_step(state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0))
+    assert (values["alpha_min"], values["alpha_max"], values["alpha_spread"]) == (3, 3, 0)
+    assert all(torch.equal(p, old) and p.grad is None for p, old in zip(state.generator.layer.parameters(), before))
+    for steps in ("2", "4"):
+        assert run("--steps", steps, "--alpha-span", "1") == 0                                   # and goes on
+    assert "bound" not in capsys.readouterr().out
+
+
+def test_recorded_steps_are_forgotten_with_the_rates_and_the_state_that_they_hold(small_state):
+    state, c, _ = small_state
+    state.graphs["kind"] = training_step.RecordedStep()
+    state.set_learning_rates(c)
+    assert not state.graphs
+    state.graphs["kind"] = training_step.RecordedStep()
+    state.load_state_dict(state.state_dict())
+    assert not state.graphs
 
 
 def test_both_updates_of_a_step_share_one_generator_pass(small_state, monkeypatch):
