@@ -2,15 +2,18 @@
 
     python benchmarks/ablation.py --data DIR OTHER --csv docs/ablation.csv       # trains what it lacks, then reports
     python benchmarks/ablation.py --csv docs/ablation.csv --plot docs/ablation.png             # only reports
-    python benchmarks/ablation.py --data DIR --csv my.csv --only fixed transformer --seeds 5 --minutes 20
+    python benchmarks/ablation.py --data DIR --csv my.csv --only fixed transformer --seeds 5 --steps 4000
 
 First all layers make steps in turns, while nothing else should run: TABLE_times.csv says how long a step of each takes.
-Then one training a cell (layer, set, seed), --jobs at once, scored twice: after --steps steps, and after the steps that
-take --minutes by that file, so that a layer that is merely slower shows as such. A times file of another machine may
-be put there: then the minutes are that machine's. Scored with --count pictures against as many real ones (evaluate.py),
-and with the reconstruction error of held-out images (of training images where none is held out). Each row is appended
-to the table when it is known; the same command goes on with what is missing. Flags of training.py may follow behind
---, in place of --image-size 32 --patch 8. Needs the extractor's weights. Bad input: status 2.
+Then one training a cell (layer, set, seed), --jobs at once, scored twice: after --steps steps, and after as many as it
+makes while the Transformer makes --steps, so that a layer that is merely slower shows as such. Scored with --count
+pictures against as many real ones (evaluate.py), and with the reconstruction error of held-out images (of training
+images where none is held out). Each row is appended to the table when it is known; the same command goes on with what
+is missing. Flags of training.py may follow behind --, in place of --image-size 32 --patch 8. Needs the extractor's
+weights. Bad input: status 2.
+
+The report's equal minutes are those of the times file that lies beside the table, which may be another machine's: a
+score between two that were measured is taken from the straight line over the logarithm of the steps.
 
 The layers, all after the Sigmoid's x in [0, 1]:
     none         2x - 1
@@ -57,13 +60,14 @@ from command_line import InputError, positive
 from data import DataError
 from model_definitions import TransformerParamTanh
 
-KEYS = ("set", "layer", "seed", "view")                       # of a row; view: "steps" or "minutes"
-NUMBERS = ("steps", "minutes", "images", "frechet", "kid", "kid_error", "reconstruction")
+KEYS = ("set", "layer", "seed", "steps")                      # of a row
+NUMBERS = ("images", "frechet", "kid", "kid_error", "reconstruction")
 COLUMNS = (*KEYS, *NUMBERS, "decoder_width", "flags", "machine")
 TIMES = ("layer", "decoder_width", "seconds", "flags", "machine")             # columns of the times file
 DEFAULT_FLAGS = ("--image-size", "32", "--patch", "8")         # 16 tokens, as at 64 px
-TIMED_STEPS = 4                                               # of a turn
-TURNS = 5
+WARM_UP = training_step.RecordedStep.WARM_UP + 1              # steps of a turn that are not timed
+TIMED_STEPS = 6                                               # ... and that are
+TURNS = 7
 APPENDING = threading.Lock()
 
 
@@ -196,14 +200,12 @@ def train(cell, flags):
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
     state = new_state(name, c, device, cell["decoder_width"])
-    for steps in sorted(set(cell["views"].values())):
+    for steps in cell["steps"]:
         while state.counters["step"] < steps:
             training_step.training_step(state, c, image_set)
             state.count_skipped()                                    # waits, so that steps don't queue up on a GPU
-        found = score(state.ema, image_set, cell["count"], seed, Path(cell["features"]))
-        for view in (view for view, when in cell["views"].items() if when == steps):
-            print(json.dumps({"view": view, "steps": steps, "images": state.counters["images_seen"], **found}),
-                  flush=True)
+        print(json.dumps({"steps": steps, "images": state.counters["images_seen"],
+                          **score(state.ema, image_set, cell["count"], seed, Path(cell["features"]))}), flush=True)
 
 
 def score(generator, image_set, count, seed, features_file):
@@ -225,17 +227,21 @@ def score(generator, image_set, count, seed, features_file):
 
 # ------------------------------------------------------------------------------------- how long a step takes
 
-def time_steps(states, c, image_set):
-    """{name: median seconds of a step}; all take turns, so that a slow minute meets all."""
-    times = {name: [] for name in states}
-    for turn in range(TURNS + 1):
-        for name, state in states.items():
-            start = time.perf_counter()
-            for _ in range(TIMED_STEPS if turn else TIMED_STEPS + training_step.RecordedStep.WARM_UP):
+def time_steps(builders, image_set):
+    """{name: seconds of a step} of {name: function that makes (state, constants)}. All take turns, one state in memory at
+    a time, as in a training; the fastest turn counts, since other work on the machine only adds."""
+    times = {name: [] for name in builders}
+    for _ in range(TURNS):
+        for name, build in builders.items():
+            state, c = build()
+            for number in range(WARM_UP + TIMED_STEPS):
+                if number == WARM_UP:
+                    state.count_skipped()                                            # waits for the device
+                    start = time.perf_counter()
                 training_step.training_step(state, c, image_set)
-            state.count_skipped()                                                    # waits for the device
+            state.count_skipped()
             times[name].append((time.perf_counter() - start) / TIMED_STEPS)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}     # the first turn warms up
+    return {name: min(found) for name, found in times.items()}
 
 
 def measure_times(flags, text):
@@ -246,10 +252,15 @@ def measure_times(flags, text):
     training_step.set_up(device, c)
     image_set = data.load_images_of_run(c.DATA, c)
     widths = range(c.WIDTH + 4, 2 * c.WIDTH + 1, 4)
+
+    def builder(name):
+        def build():
+            c, _ = command_line.parse_constants(flags)
+            return new_state("wide" if name in widths else name, c, device, name), c
+        return build
+
     names = [name for name in LAYERS if name != "wide"]
-    states = {name: new_state("wide" if name in widths else name, command_line.parse_constants(flags)[0], device, name)
-              for name in (*names, *widths)}
-    seconds = time_steps(states, c, image_set)
+    seconds = time_steps({name: builder(name) for name in (*names, *widths)}, image_set)
     width = min(widths, key=lambda width: abs(seconds[width] - seconds["transformer"]))
     return [{"layer": name, "decoder_width": width if name == "wide" else c.WIDTH,
              "seconds": round(seconds[width if name == "wide" else name], 5), "flags": text, "machine": machine(device)}
@@ -271,7 +282,7 @@ def times_file(table):
 
 def read_table(file):
     """The rows, numbers as numbers. Raises InputError where the file is another table."""
-    return [{**row, "seed": int(row["seed"]), "decoder_width": int(row["decoder_width"]),
+    return [{**row, **{name: int(row[name]) for name in ("seed", "steps", "decoder_width")},
              **{name: float(row[name]) for name in NUMBERS}} for row in tables.read(file, COLUMNS)]
 
 
@@ -297,9 +308,10 @@ def measure_all(arguments):
         for row in measure_times(["--data", arguments.data[0], *arguments.flags], text):
             tables.append(file, TIMES, row)
     times, _ = read_times(arguments.csv)
+    reach = arguments.steps * times["transformer"][0]                 # seconds
     done = {tuple(row[key] for key in ("set", "layer", "seed")) for row in rows}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        cells = [pool.submit(measure, arguments, seed, folder, name, *times[name])
+        cells = [pool.submit(measure, arguments, seed, folder, name, math.ceil(reach / times[name][0]), times[name][1])
                  for seed in range(arguments.seeds) for folder in arguments.data for name in arguments.only
                  if (Path(folder).resolve().name, name, seed) not in done]
         try:
@@ -310,11 +322,12 @@ def measure_all(arguments):
         raise error
 
 
-def measure(arguments, seed, folder, name, seconds, width):
+def measure(arguments, seed, folder, name, further, width):
+    """One cell, scored after arguments.steps and after `further` steps."""
     flags, set_name = ["--data", folder, *arguments.flags], Path(folder).resolve().name
     c, _ = command_line.parse_constants(flags)
     cell = {"layer": name, "seed": seed, "decoder_width": width, "count": arguments.count,
-            "views": {"steps": arguments.steps, "minutes": math.ceil(60 * arguments.minutes / seconds)},
+            "steps": sorted({arguments.steps, further}),
             "features": str(Path(c.RUNS_DIR) / f"ablation_{set_name}_{c.IMAGE_SIZE}_{arguments.count}.pt")}
     Path(c.RUNS_DIR).mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%H:%M')} {set_name}, {name}, seed {seed}", flush=True)
@@ -323,21 +336,55 @@ def measure(arguments, seed, folder, name, seconds, width):
     if child.returncode:
         raise InputError(f"{set_name}, {name}, seed {seed} ended with status {child.returncode}: "
                          f"{child.stderr.strip()[-300:]}")
-    found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('{"view"')]
+    found = [json.loads(line) for line in child.stdout.splitlines() if line.startswith('{"steps"')]
     with APPENDING:
         for row in found:
             tables.append(arguments.csv, COLUMNS, {
-                "set": set_name, "layer": name, "seed": seed, "minutes": round(row["steps"] * seconds / 60, 3), **row,
-                "decoder_width": width, "flags": " ".join(arguments.flags),
-                "machine": machine(command_line.choose_device(c.DEVICE))})
+                "set": set_name, "layer": name, "seed": seed, **row, "decoder_width": width,
+                "flags": " ".join(arguments.flags), "machine": machine(command_line.choose_device(c.DEVICE))})
 
 
 # ------------------------------------------------------------------------------------- the report
 
-def differences(rows, set_name, view):
-    """{layer: [its Frechet distance minus the Transformer's of the same seed, ...]}: above 0 that was better."""
-    numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows
-               if (row["set"], row["view"]) == (set_name, view)}
+def views(rows, times):
+    """{view: rows}, one a cell: after the steps that all cells were scored at, and after the minutes that these take
+    with the Transformer. A view that the table can't give is not there."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["set"], row["layer"], row["seed"]), []).append(row)
+    common = set.intersection(*({row["steps"] for row in cell} for cell in cells.values())) if cells else ()
+    if not common:
+        return {}
+    steps = max(common)
+    found = {"steps": [at_steps(cell, steps) for cell in cells.values()]}
+    if all(layer in times for _, layer, _ in cells) and "transformer" in times:
+        seconds = {layer: seconds for layer, (seconds, _) in times.items()}
+        found["minutes"] = [at_steps(cell, steps * seconds["transformer"] / seconds[layer])
+                            for (_, layer, _), cell in cells.items()]
+    for row in (row for view in found.values() for row in view):
+        row["minutes"] = row["steps"] * times[row["layer"]][0] / 60 if row["layer"] in times else float("nan")
+    return found
+
+
+def at_steps(cell, steps):
+    """The cell's row at `steps`: on the straight line over log(steps) between the scored ones around it, the nearest
+    one where they don't reach so far."""
+    cell = sorted(cell, key=lambda row: row["steps"])
+    after = next((i for i, row in enumerate(cell) if row["steps"] >= steps), len(cell) - 1)
+    low, high = cell[max(0, after - 1)], cell[after]
+    if steps >= high["steps"] or low is high:
+        return dict(high)
+    share = math.log(steps / low["steps"]) / math.log(high["steps"] / low["steps"])
+    if share < 0:
+        return dict(low)
+    return {**low, **{name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}, "steps": round(steps),
+            "images": low["images"] * steps / low["steps"]}
+
+
+def differences(rows, set_name):
+    """{layer: [its Frechet distance minus the Transformer's of the same seed, ...]} of a view: above 0 that was
+    better."""
+    numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows if row["set"] == set_name}
     found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
                     if other == name and ("transformer", seed) in numbers]
              for name in LAYERS if name != "transformer"}
@@ -348,18 +395,16 @@ def spread(values):
     return statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def table(rows, timed_on=""):
-    """Lines of a Markdown table for each set and view. timed_on: the machine whose minutes they are."""
+def table(found, timed_on=""):
+    """Lines of a Markdown table for each view and set. timed_on: the machine whose minutes they are."""
     lines = []
-    for view in ("steps", "minutes"):
+    for view, rows in found.items():
         for set_name in dict.fromkeys(row["set"] for row in rows):
-            chosen = [row for row in rows if (row["set"], row["view"]) == (set_name, view)]
-            if not chosen:
-                continue
-            paired = differences(rows, set_name, view)
-            least = min(row[view] for row in chosen)
-            of = f" of {timed_on}" if view == "minutes" and timed_on else ""
-            lines += ["", f"{set_name}, after {least:,.0f} {view}{of}:", "",
+            chosen = [row for row in rows if row["set"] == set_name]
+            paired = differences(rows, set_name)
+            after = (f"{chosen[0]['steps']:,} steps" if view == "steps" else
+                     f"{statistics.median(row['minutes'] for row in chosen):.1f} minutes of {timed_on}")
+            lines += ["", f"{set_name}, after {after}:", "",
                       "| layer | seeds | steps | images | minutes | Frechet distance | "
                       "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
                       "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -367,7 +412,8 @@ def table(rows, timed_on=""):
                 cells = [row for row in chosen if row["layer"] == name]
                 if not cells:
                     continue
-                mean = {column: statistics.mean(row[column] for row in cells) for column in NUMBERS}
+                mean = {column: statistics.mean(row[column] for row in cells)
+                        for column in ("steps", "minutes", *NUMBERS)}
                 difference = "" if name not in paired else (
                     f"{statistics.mean(paired[name]):+.1f} ({spread(paired[name]):.1f})")
                 lines.append(f"| {name} | {len(cells)} | {mean['steps']:,.0f} | {mean['images']:,.0f} | "
@@ -376,29 +422,29 @@ def table(rows, timed_on=""):
     return lines
 
 
-def sentence(rows):
+def sentence(found):
     """What the pairs say about the Transformer against a fixed alpha, the cheapest thing that could replace it."""
     parts = []
-    for view, words in (("steps", "equal steps"), ("minutes", "equal minutes")):
+    for view, rows in found.items():
         values = [value for set_name in dict.fromkeys(row["set"] for row in rows)
-                  for value in differences(rows, set_name, view).get("fixed", [])]
+                  for value in differences(rows, set_name).get("fixed", [])]
         if values:
-            better = sum(value > 0 for value in values)
-            parts.append(f"at {words} in {better} of {len(values)} pairs (the distance with a fixed alpha minus the "
-                         f"Transformer's is {statistics.mean(values):+.1f} on average, spread {spread(values):.1f})")
+            better, mean = sum(value > 0 for value in values), statistics.mean(values)
+            parts.append(f"at equal {view} in {better} of {len(values)} pairs (the distance with a fixed alpha minus "
+                         f"the Transformer's is {mean:+.1f} on average, spread {spread(values):.1f})")
     return "TransformerParamTanh had the lower Frechet distance " + ", and ".join(parts) + "." if parts else ""
 
 
-def draw(rows, file):
+def draw(found, file):
     """A panel for each set and view: of each layer every seed's difference from the Transformer, and their mean."""
     from matplotlib.figure import Figure
 
-    sets = list(dict.fromkeys(row["set"] for row in rows))
+    sets = list(dict.fromkeys(row["set"] for rows in found.values() for row in rows))
     figure = Figure(figsize=(9, 2.7 * len(sets)), dpi=160, layout="constrained")
-    panels = figure.subplots(len(sets), 2, squeeze=False, sharex=True)
+    panels = figure.subplots(len(sets), len(found), squeeze=False, sharex=True)
     for line, set_name in zip(panels, sets):
-        for panel, view in zip(line, ("steps", "minutes")):
-            paired = differences(rows, set_name, view)
+        for panel, (view, rows) in zip(line, found.items()):
+            paired = differences(rows, set_name)
             for place, values in enumerate(paired.values()):
                 panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
                 panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
@@ -426,9 +472,8 @@ def parse(argv):
     parser.add_argument("--seeds", type=positive(int), default=3, metavar="N", help="[%(default)s]")
     parser.add_argument("--jobs", type=positive(int), default=1, metavar="N",
                         help="trainings at once: more than one fills a GPU [%(default)s]")
-    parser.add_argument("--steps", type=positive(int), default=800, metavar="N", help="of the first view [%(default)s]")
-    parser.add_argument("--minutes", type=positive(float), default=8.0, metavar="X",
-                        help="of the second view [%(default)s]")
+    parser.add_argument("--steps", type=positive(int), default=800, metavar="N",
+                        help="of each training, at least [%(default)s]")
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N",
                         help="pictures to score [%(default)s]")
     arguments = parser.parse_args(own)
@@ -456,9 +501,13 @@ def start(argv):
     rows = read_table(arguments.csv)
     if not rows:
         raise InputError(f"{arguments.csv} holds no rows: give --data")
-    print("\n".join([sentence(rows), *table(rows, read_times(arguments.csv)[1])]))
+    times, machine_of_times = read_times(arguments.csv)
+    found = views(rows, times)
+    if not found:
+        raise InputError(f"{arguments.csv}: there is no number of steps that all its trainings were scored at")
+    print("\n".join([sentence(found), *table(found, machine_of_times)]))
     if arguments.plot:
-        draw(rows, arguments.plot)
+        draw(found, arguments.plot)
     return 0
 
 

@@ -129,28 +129,43 @@ def test_the_wide_decoder_is_wider_and_the_rest_is_not():
     assert state.generator(torch.randn(2, c.LATENT_DIM)).shape == (2, 3, 32, 32)
 
 
-def row(layer, seed, view, frechet, set_name="set"):
-    return {"set": set_name, "layer": layer, "seed": seed, "view": view, "steps": 10, "minutes": 1.0, "images": 160,
-            "frechet": frechet, "kid": 1.0, "kid_error": 0.1, "reconstruction": 0.2, "decoder_width": 0, "flags": "",
-            "machine": "a"}
+def row(layer, seed, steps, frechet, set_name="set"):
+    return {"set": set_name, "layer": layer, "seed": seed, "steps": steps, "images": 16.0 * steps, "frechet": frechet,
+            "kid": 1.0, "kid_error": 0.1, "reconstruction": 0.2, "decoder_width": 0, "flags": "", "machine": "a"}
 
 
 def test_differences_are_paired_by_seed_and_say_which_way(tmp_path, capsys):
-    rows = [row("transformer", 0, "steps", 100), row("fixed", 0, "steps", 110), row("transformer", 1, "steps", 200),
-            row("fixed", 1, "steps", 196), row("fixed", 2, "steps", 50), row("transformer", 0, "minutes", 120),
-            row("fixed", 0, "minutes", 90)]
-    assert ablation.differences(rows, "set", "steps") == {"fixed": [10, -4]}
-    assert ablation.differences(rows, "set", "minutes") == {"fixed": [-30]}
-    assert "at equal steps in 1 of 2 pairs (the distance with a fixed alpha minus the Transformer's is +3.0" in \
-        ablation.sentence(rows)
-    assert "at equal minutes in 0 of 1 pairs" in ablation.sentence(rows)
+    rows = [row("transformer", 0, 10, 100.0), row("fixed", 0, 10, 110.0), row("transformer", 1, 10, 200.0),
+            row("fixed", 1, 10, 196.0), row("fixed", 2, 10, 50.0), row("fixed", 0, 40, 70.0), row("fixed", 1, 40, 96.0),
+            row("fixed", 2, 40, 10.0)]
+    found = ablation.views(rows, {})
+    assert list(found) == ["steps"] and {r["steps"] for r in found["steps"]} == {10}
+    assert ablation.differences(found["steps"], "set") == {"fixed": [10, -4]}
     for line in rows:
         ablation.tables.append(tmp_path / "t.csv", ablation.COLUMNS, line)
     assert ablation.read_table(tmp_path / "t.csv") == rows
+    for layer, seconds in (("transformer", 12.0), ("fixed", 6.0)):             # so 20 steps, half the way to 40 in logs
+        ablation.tables.append(tmp_path / "t_times.csv", ablation.TIMES, {
+            "layer": layer, "decoder_width": 8, "seconds": seconds, "flags": "", "machine": "M"})
+    times, machine = ablation.read_times(tmp_path / "t.csv")
+    found = ablation.views(rows, times)
+    assert ablation.differences(found["minutes"], "set") == {"fixed": [pytest.approx(-10), pytest.approx(-54)]}
+    assert "at equal steps in 1 of 2 pairs (the distance with a fixed alpha minus the Transformer's is +3.0" in \
+        ablation.sentence(found)
+    assert "at equal minutes in 0 of 2 pairs" in ablation.sentence(found) and machine == "M"
     assert ablation.main(["--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "t.png")]) == 0
     out = capsys.readouterr().out
+    assert "set, after 2.0 minutes of M:" in out
     assert "| fixed | 3 | 10 | 160 | 1.0 | 118.7 | +3.0 (9.9) | 1 | 0.200 |" in out
+    assert "| fixed | 3 | 20 | 320 | 2.0 | 88.7 | -32.0 (31.1) | 1 | 0.200 |" in out
     assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_between_two_scores_lies_a_line_over_the_logarithm_and_outside_the_nearest():
+    cell = [row("fixed", 0, 400, 60.0), row("fixed", 0, 100, 100.0)]
+    assert [ablation.at_steps(cell, steps)["frechet"] for steps in (50, 100, 200, 400, 900)] == \
+        pytest.approx([100, 100, 80, 60, 60])
+    assert ablation.at_steps(cell[:1], 500) == ablation.at_steps(cell[:1], 20) == cell[0]
 
 
 def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
@@ -160,7 +175,7 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
                          (["--csv", tmp_path / "no" / "t.csv"], "there is no folder"),
                          (["--csv", tmp_path / "t.csv", "--only", "alpha"], "give some of none wide fixed"),
                          (["--csv", tmp_path / "t.csv", "--data", "a/set", "b/set"], "two folders of the same name"),
-                         (["--csv", tmp_path / "t.csv", "--minutes", "-1"], "give a number above 0"),
+                         (["--csv", tmp_path / "t.csv", "--steps", "-1"], "give a number above 0"),
                          (["--csv", tmp_path / "t.csv", "--", "--image-size", "33"], "33")):
         assert ablation.main([str(flag) for flag in flags]) == 2
         error = capsys.readouterr().err
@@ -168,26 +183,24 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, capsys):
+def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "TURNS", 1)
     if evaluate.find_extractor(torch.device("cpu")) is None:
         pytest.skip("needs the weights of requirements-weights.txt")
     table = tmp_path / "t.csv"
     flags = ["--data", str(image_folder(40, name="set")), "--csv", str(table), "--seeds", "1", "--steps", "2",
-             "--minutes", "0.01", "--count", "36"]
+             "--count", "36"]
     more = ["--jobs", "2", "--", *SMALL[2:], "--patch", "16", "--runs-dir", str(tmp_path / "runs")]
     assert ablation.main([*flags, "--only", "fixed", *more]) == 0
     first = table.read_text()
     assert ablation.main([*flags, "--only", "fixed", "transformer", *more]) == 0
-    assert table.read_text().startswith(first) and len(table.read_text().splitlines()) == 5
-    rows = ablation.read_table(table)
-    assert [(r["layer"], r["steps"]) for r in rows if r["view"] == "steps"] == [("fixed", 2), ("transformer", 2)]
-    assert all(r["images"] == r["steps"] * 4 for r in rows)
-    times, machine = ablation.read_times(table)
+    assert table.read_text().startswith(first)
+    rows, (times, machine) = ablation.read_table(table), ablation.read_times(table)
     assert list(times) == list(ablation.LAYERS) and machine == rows[0]["machine"]
-    for r in rows:
-        seconds, width = times[r["layer"]]
-        assert r["minutes"] == pytest.approx(r["steps"] * seconds / 60, abs=1e-3) and r["decoder_width"] == width
-        assert r["view"] == "steps" or (r["minutes"] + 1e-3 >= 0.01 and (r["steps"] - 1) * seconds / 60 < 0.01)
+    further = math.ceil(2 * times["transformer"][0] / times["fixed"][0])
+    assert sorted((r["layer"], r["steps"]) for r in rows) == sorted({("fixed", 2), ("fixed", further),
+                                                                     ("transformer", 2)})
+    assert all(r["images"] == r["steps"] * 4 and r["decoder_width"] == times[r["layer"]][1] for r in rows)
     capsys.readouterr()
     assert ablation.main([*flags, "--", "--width", "8"]) == 2
     assert "was made with" in capsys.readouterr().err
