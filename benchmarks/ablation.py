@@ -193,7 +193,7 @@ def wider(decoder_width):
 # ------------------------------------------------------------------------------------- one cell, in its own process
 
 def train(cell, flags):
-    """Prints a line of JSON for each view of one training."""
+    """Prints a line of JSON for each score of one training."""
     name, seed = cell["layer"], cell["seed"]
     c, _ = command_line.parse_constants([*flags, "--seed", str(seed)])
     device = command_line.choose_device(c.DEVICE)
@@ -228,8 +228,8 @@ def score(generator, image_set, count, seed, features_file):
 # ------------------------------------------------------------------------------------- how long a step takes
 
 def time_steps(builders, image_set):
-    """{name: seconds of a step} of {name: function that makes (state, constants)}. All take turns, one state in memory at
-    a time, as in a training; the fastest turn counts, since other work on the machine only adds."""
+    """{name: seconds of a step} of {name: function that makes (state, constants)}. All take turns, one state in memory
+    at a time, as in a training; the fastest turn counts, since other work on the machine only adds."""
     times = {name: [] for name in builders}
     for _ in range(TURNS):
         for name, build in builders.items():

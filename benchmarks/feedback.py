@@ -83,8 +83,8 @@ def start(argv):
     print("| head | window | frame | alpha (range) | change | flicker |\n| --- | --- | --- | --- | --- | --- |")
     for head in ("trained", "random"):
         if head == "random":
-            head = generator.layer.to_s.weight
-            head.copy_(RANDOM_STD * torch.randn(head.shape, generator=torch.Generator().manual_seed(arguments.seed)))
+            random, weight = torch.Generator().manual_seed(arguments.seed), generator.layer.to_s.weight
+            weight.copy_(RANDOM_STD * torch.randn(weight.shape, generator=random))
         for window, images in (("walk", walk(generator, z)), ("feedback", generate.feedback(generator, z)),
                                ("frozen", generate.feedback(generator, z, frozen=True)),
                                ("fixed", fixed(generator, z))):
