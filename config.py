@@ -14,7 +14,7 @@ SEED = 0                    # every random draw of the run follows from it
 INIT_FROM = ""              # run, checkpoint or weights file whose networks a new run starts from; empty: from random ones
 
 # ------------------------------------------------------------------------------------- images
-IMAGE_SIZE = 128            # side of the pictures, pixels: a multiple of 16 from 32 to 256; 64 costs a quarter of 128
+IMAGE_SIZE = 128            # side of the pictures, pixels: a multiple of 16 from 32 to 256; 64 costs a third of 128
 CHANNELS = 3                # 3 colour, 1 grey
 FLIP = False                # mirrors each training picture with probability 1/2; on for photos, off where left is not right
 BACKGROUND = 255            # grey level, 0 to 255, laid under transparent pictures

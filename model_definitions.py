@@ -568,5 +568,7 @@ def summary(generator, critic, batch_size):
          lambda t: layer.to_s(layer.encode(t)), tokens),
         ("critic", (critic,), critic, image),
     ]
+    if layer.alpha_span == 1:                                                 # the layer's two parts are not run
+        parts = parts[:2] + parts[4:]
     return [(name, sum(p.numel() for module in modules for p in module.parameters()),
              multiply_adds(function, argument) // batch_size) for name, modules, function, argument in parts]

@@ -150,6 +150,9 @@ def test_differences_are_paired_by_seed_and_say_which_way(tmp_path, capsys):
     times, machine = ablation.read_times(tmp_path / "t.csv")
     found = ablation.views(rows, times)
     assert ablation.differences(found["minutes"], "set") == {"fixed": [pytest.approx(-10), pytest.approx(-54)]}
+    slow = {**times, "wide": (36.0, 8)}                                             # 10 steps are not 3.3
+    cells = {(r["layer"], r["seed"]) for r in ablation.views([*rows, row("wide", 0, 10, 1.0)], slow)["minutes"]}
+    assert cells == {(r["layer"], r["seed"]) for r in found["minutes"]}
     assert "at equal steps in 1 of 2 pairs (the distance with a fixed alpha minus the Transformer's is +3.0" in \
         ablation.sentence(found)
     assert "at equal minutes in 0 of 2 pairs" in ablation.sentence(found) and machine == "M"

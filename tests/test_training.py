@@ -503,7 +503,8 @@ def test_alpha_without_a_span_is_fixed_and_trains_without_the_transformer(photos
     assert all(torch.equal(p, old) and p.grad is None for p, old in zip(state.generator.layer.parameters(), before))
     for steps in ("2", "4"):
         assert run("--steps", steps, "--alpha-span", "1") == 0                                   # and goes on
-    assert "bound" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bound" not in out and "critic  " in out and "alpha head" not in out
 
 
 def test_recorded_steps_are_forgotten_with_the_rates_and_the_state_that_they_hold(small_state):
