@@ -559,16 +559,17 @@ def summary(generator, critic, batch_size):
     image, z = torch.empty(shape, device="meta"), torch.empty(batch_size, vae.latent_dim, device="meta")
     tokens = layer.positions.expand(batch_size, -1, -1)
     changes = layer.video.draw().to(image)
-    parts = [
-        ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
-        ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
+    layer_parts = [] if layer.alpha_span == 1 else [             # with that, they are not run
         ("video and patch tokens", (layer.to_tokens, layer.token_norm), lambda x: layer.tokens(x, changes=changes),
          image),
         ("Transformer and alpha head", (layer.transformer, layer.to_s),
          lambda t: layer.to_s(layer.encode(t)), tokens),
+    ]
+    parts = [
+        ("encoder", (vae.encoder, vae.to_mu, vae.to_logvar), vae.encode, image),
+        ("decoder", (vae.from_z, vae.decoder), vae.decode, z),
+        *layer_parts,
         ("critic", (critic,), critic, image),
     ]
-    if layer.alpha_span == 1:                                                 # the layer's two parts are not run
-        parts = parts[:2] + parts[4:]
     return [(name, sum(p.numel() for module in modules for p in module.parameters()),
              multiply_adds(function, argument) // batch_size) for name, modules, function, argument in parts]

@@ -41,6 +41,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,8 +66,7 @@ NUMBERS = ("images", "frechet", "kid", "kid_error", "reconstruction")
 COLUMNS = (*KEYS, *NUMBERS, "decoder_width", "flags", "machine")
 TIMES = ("layer", "decoder_width", "seconds", "flags", "machine")             # columns of the times file
 DEFAULT_FLAGS = ("--image-size", "32", "--patch", "8")         # 16 tokens, as at 64 px
-WARM_UP = training_step.RecordedStep.WARM_UP + 1              # steps of a turn that are not timed
-TIMED_STEPS = 4                                               # ... and that are
+TIMED_STEPS = 4                                               # of a turn, after those that warm up
 TURNS = 12
 NEAR = 0.05                                                   # share of its steps by which a score may miss a view
 APPENDING = threading.Lock()
@@ -235,8 +235,9 @@ def time_steps(builders, image_set):
     for _ in range(TURNS):
         for name, build in builders.items():
             state, c = build()
-            for number in range(WARM_UP + TIMED_STEPS):
-                if number == WARM_UP:
+            warm_up = 1 + (training_step.RecordedStep.WARM_UP if state.device.type == "cuda" else 0)
+            for number in range(warm_up + TIMED_STEPS):
+                if number == warm_up:
                     state.count_skipped()                                            # waits for the device
                     start = time.perf_counter()
                 training_step.training_step(state, c, image_set)
@@ -245,9 +246,10 @@ def time_steps(builders, image_set):
     return {name: min(found) for name, found in times.items()}
 
 
-def measure_times(flags, text):
-    """Rows of a times file. The wide decoder has that width, in fours above WIDTH (so its GroupNorms keep 4 or 8
-    groups), with which a step without a layer takes as long as the Transformer's."""
+def measure_times(arguments):
+    """Rows of a times file, measured on the first set. The wide decoder has that width, in fours above WIDTH (so its
+    GroupNorms keep 4 or 8 groups), with which a step without a layer takes as long as the Transformer's."""
+    flags = ["--data", arguments.data[0], *arguments.flags]
     c, _ = command_line.parse_constants(flags)
     device = command_line.choose_device(c.DEVICE)
     training_step.set_up(device, c)
@@ -264,8 +266,8 @@ def measure_times(flags, text):
     seconds = time_steps({name: builder(name) for name in (*names, *widths)}, image_set)
     width = min(widths, key=lambda width: abs(seconds[width] - seconds["transformer"]))
     return [{"layer": name, "decoder_width": width if name == "wide" else c.WIDTH,
-             "seconds": round(seconds[width if name == "wide" else name], 5), "flags": text, "machine": machine(device)}
-            for name in LAYERS]
+             "seconds": round(seconds[width if name == "wide" else name], 5), "flags": " ".join(arguments.flags),
+             "machine": machine(device)} for name in LAYERS]
 
 
 def read_times(table):
@@ -277,6 +279,11 @@ def read_times(table):
 
 def times_file(table):
     return table.with_name(f"{table.stem}_times.csv")
+
+
+def steps_meanwhile(times, layer, steps):
+    """How many steps a layer makes while the Transformer makes `steps`; for the Transformer exactly those."""
+    return steps * (times["transformer"][0] / times[layer][0])
 
 
 # ------------------------------------------------------------------------------------- the table
@@ -298,21 +305,20 @@ def machine(device):
 def measure_all(arguments):
     """Trains all cells that the table lacks, sets and seeds in the outer loops: a grid that was cut short is one of
     fewer pairs."""
-    text = " ".join(arguments.flags)
     rows = read_table(arguments.csv)
-    others = {row["flags"] for row in rows} - {text}
+    others = {row["flags"] for row in rows} - {" ".join(arguments.flags)}
     if others:
         raise InputError(f"{arguments.csv} was made with {others.pop()}: give another --csv")
     file = times_file(arguments.csv)
     if not file.exists():
         print(f"{time.strftime('%H:%M')} timing the layers", flush=True)
-        for row in measure_times(["--data", arguments.data[0], *arguments.flags], text):
+        for row in measure_times(arguments):
             tables.append(file, TIMES, row)
     times, _ = read_times(arguments.csv)
-    reach = arguments.steps * times["transformer"][0]                 # seconds
     done = {tuple(row[key] for key in ("set", "layer", "seed")) for row in rows}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        cells = [pool.submit(measure, arguments, seed, folder, name, math.ceil(reach / times[name][0]), times[name][1])
+        cells = [pool.submit(measure, arguments, seed, folder, name,
+                             math.ceil(steps_meanwhile(times, name, arguments.steps)), times[name][1])
                  for seed in range(arguments.seeds) for folder in arguments.data for name in arguments.only
                  if (Path(folder).resolve().name, name, seed) not in done]
         try:
@@ -359,10 +365,9 @@ def views(rows, times):
     steps = max(common)
     found = {"steps": [at_steps(cell, steps) for cell in cells.values()]}
     if all(layer in times for _, layer, _ in cells) and "transformer" in times:
-        seconds = {layer: seconds for layer, (seconds, _) in times.items()}
-        wanted = [(at_steps(cell, when), when) for (_, layer, _), cell in cells.items()
-                  for when in [steps * seconds["transformer"] / seconds[layer]]]
-        found["minutes"] = [row for row, when in wanted if abs(row["steps"] / when - 1) < NEAR]
+        meanwhile = {layer: steps_meanwhile(times, layer, steps) for layer in times}
+        rows = [at_steps(cell, meanwhile[layer]) for (_, layer, _), cell in cells.items()]
+        found["minutes"] = [row for row in rows if abs(row["steps"] / meanwhile[row["layer"]] - 1) < NEAR]
     for row in (row for view in found.values() for row in view):
         row["minutes"] = row["steps"] * times[row["layer"]][0] / 60 if row["layer"] in times else float("nan")
     return found
@@ -372,15 +377,10 @@ def at_steps(cell, steps):
     """The cell's row at `steps`: on the straight line over log(steps) between the scored ones around it, the nearest
     one where they don't reach so far."""
     cell = sorted(cell, key=lambda row: row["steps"])
-    after = next((i for i, row in enumerate(cell) if row["steps"] >= steps), len(cell) - 1)
-    low, high = cell[max(0, after - 1)], cell[after]
-    if steps >= high["steps"] or low is high:
-        return dict(high)
-    share = math.log(steps / low["steps"]) / math.log(high["steps"] / low["steps"])
-    if share < 0:
-        return dict(low)
-    return {**low, **{name: low[name] + share * (high[name] - low[name]) for name in NUMBERS}, "steps": round(steps),
-            "images": low["images"] * steps / low["steps"]}
+    scored = [row["steps"] for row in cell]
+    steps = min(max(steps, scored[0]), scored[-1])
+    numbers = {name: float(np.interp(np.log(steps), np.log(scored), [row[name] for row in cell])) for name in NUMBERS}
+    return {**cell[0], **numbers, "steps": round(steps), "images": cell[0]["images"] * steps / scored[0]}
 
 
 def differences(rows, set_name):
