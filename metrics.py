@@ -190,8 +190,9 @@ def ssim(a, b):
         raise ValueError(f"{tuple(a.shape)} and {tuple(b.shape)}: structural similarity takes two sets of one shape "
                          f"(N, C, H, W), {SSIM_WINDOW} x {SSIM_WINDOW} pixels or more")
     channels = a.shape[1]
-    a, b = (images.float().flatten(0, 1)[:, None] for images in (a, b))                  # (N * C, 1, H, W)
-    place = torch.arange(SSIM_WINDOW, device=a.device) - SSIM_WINDOW // 2
+    # float64, since a variance is the small difference of two large means; (N * C, 1, H, W)
+    a, b = (images.double().flatten(0, 1)[:, None] for images in (a, b))
+    place = torch.arange(SSIM_WINDOW, device=a.device, dtype=a.dtype) - SSIM_WINDOW // 2
     window = torch.softmax(-place ** 2 / (2 * SSIM_DEVIATION ** 2), dim=0).view(1, 1, 1, -1)
 
     def mean(x):
@@ -202,7 +203,7 @@ def ssim(a, b):
     covariance, c1, c2 = mean(a * b) - mean_a * mean_b, (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / (
         (mean_a ** 2 + mean_b ** 2 + c1) * (variance_a + variance_b + c2))
-    return similarity.mean((1, 2, 3)).view(-1, channels).mean(1)
+    return similarity.mean((1, 2, 3)).view(-1, channels).mean(1).float()
 
 # ------------------------------------------------------------------------------------- Laplacian pyramid
 

@@ -394,7 +394,7 @@ def test_ssim_and_psnr_are_torchmetrics(channels, height, width):
     _, places = torchmetrics.structural_similarity_index_measure(a.double(), b.double(), data_range=255.0,
                                                                  reduction="none", return_full_image=True)
     expected = places[..., 5:-5, 5:-5].mean((1, 2, 3))       # of its places, those whose window needs no padding
-    assert torch.allclose(metrics.ssim(a, b), expected.float(), atol=5e-4)      # variances in float32
+    assert torch.allclose(metrics.ssim(a, b), expected.float(), atol=1e-4)
     expected = torchmetrics.peak_signal_noise_ratio(a.double(), b.double(), data_range=255.0, reduction="none",
                                                     dim=(1, 2, 3))
     assert torch.allclose(metrics.psnr(a, b), expected.float())
