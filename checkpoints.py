@@ -1,8 +1,7 @@
-"""Checkpoints on disk: written so that nothing trained is lost, read so that nothing in them can run code.
+"""Files on disk: atomic writing, the lock of a folder, and checkpoints.
 
-A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts. It is complete under its name or not
-there at all: written to a temporary file in the same folder, flushed to the disk, renamed. A damaged one is
-recognised, named, and the one before it is used.
+A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts; loading one cannot run code. A file is
+complete under its name or absent: it is written to a temporary file, flushed to the disk and renamed.
 """
 
 import contextlib
@@ -11,45 +10,47 @@ import io
 import os
 import re
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-import filelock
-import torch
+import filelock  # a requirement of torch
 
-FORMAT = 5       # raised when a field changes its meaning, or the networks their shape
-KEEP = 2         # sound step files kept; best.pt and anything else in the folder is never touched
+from errors import InputError
+
+# torch is imported inside save_as and load: the processes that decode images import this file without torch.
+
+FORMAT = 5       # increased when a field changes its meaning, or the networks their shapes
+KEEP = 2         # good step files that are kept; best.pt and a user's own files are never deleted
 UNSOUND = "_unsound"
-STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")     # a user's step_backup.pt is none, and is left alone
-REQUIRED = {"format", "constants", "counters", "ema"}        # what weights for sharing hold too
+STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")
+REQUIRED = {"format", "constants", "counters", "ema"}        # also in a file of weights for sharing
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)       # what a file system without locks answers
 
 
-class CheckpointError(Exception):
-    """No checkpoint can be read; the message is one line that names the file and the reason."""
-
-    status = 2                  # of the process that ends by it
+class DamagedCheckpoint(InputError):
+    """A file that is missing, damaged, or no checkpoint: an older checkpoint may take its place."""
 
 
-class OtherFormat(CheckpointError):
-    """A whole checkpoint of another version: nothing to pass over, since training from an older one would lose it."""
+@contextlib.contextmanager
+def atomic_write(file: str | Path) -> Iterator[BinaryIO]:
+    """Yields a binary file object; its content replaces `file` at the end, or not at all if the body raises.
 
-
-def write_atomically(file, write):
-    """Calls write(binary handle) on a temporary file beside `file` and renames it: `file` is old or new, never half.
-
-    Raises what write and the file system raise (OSError on a full disk); the temporary file is gone then.
+    Creates missing folders. Raises OSError, for example on a full disk; the temporary file is deleted then.
     """
     file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".part")
     try:
         with open(temporary, "wb") as handle:
-            write(handle)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":                       # the new name itself reaches the disk only with its folder
+    if os.name == "posix":                       # the new name reaches the disk only with its folder
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -57,135 +58,134 @@ def write_atomically(file, write):
             os.close(folder)
 
 
-def save(folder, state, step, sound=True):
-    """Writes folder/step_00001000.pt and then drops what it makes superfluous. Returns the path.
-
-    sound=False marks a state whose newest updates were not applied, by its name, step_00001000_unsound.pt: a run goes
-    on from it, and a rollback passes it over. Kept are the newest KEEP sound files, and the newest unsound one while
-    none of them is newer. Raises OSError (a full disk): then what was there is there still.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"step_{step:08d}{'' if sound else UNSOUND}.pt"
-    save_as(file, state)
-    sound_files, unsound_files = step_files(folder, sound=True), step_files(folder, sound=False)
-    dropped = sound_files[:-KEEP] + unsound_files[:-1]
-    dropped += [f for f in unsound_files[-1:] if sound_files and f.name < sound_files[-1].name]
-    for old in [*dropped, *folder.glob("step_*.part")]:         # .part: of a process that was killed while saving
-        old.unlink(missing_ok=True)
-    return file
-
-
-def save_as(file, state):
-    """Writes the dict as a checkpoint under this name. Raises OSError (a full disk)."""
-    buffer = io.BytesIO()                       # torch.save into a file on a full disk raises what can't be told apart
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(file, lambda handle: handle.write(buffer.getbuffer()))
-
-
-def drop_unsound(folder):
-    """Deletes the unsound files of a checkpoint folder."""
-    for file in step_files(folder, sound=False):
-        file.unlink(missing_ok=True)
-
-
-def step_files(folder, sound=None):
-    """The step files of a checkpoint folder, oldest first; sound True or False: only those of that kind."""
-    files = sorted(file for file in Path(folder).glob("step_*.pt") if STEP_FILE.fullmatch(file.name))
-    return files if sound is None else [file for file in files if file.stem.endswith(UNSOUND) != sound]
-
-
 @contextlib.contextmanager
-def lock(folder):
-    """Holds a run's folder for this process; the system frees it when the process ends, however it ends.
+def lock(folder: str | Path, when_busy: Callable[[], None]) -> Iterator[None]:
+    """Holds folder/lock for this process; the system releases it when the process ends, however it ends.
 
-    Makes the folder; takes it away again if nothing came into it. Raises CheckpointError where another process holds
-    it, OSError where it can't be written.
+    Creates the folder. If another process holds the lock, calls when_busy, which may raise, and then waits. Without
+    effect on a file system that has no locks. Raises OSError where the folder is not writable.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / "lock", timeout=0)          # torch needs filelock, so it is there
+    os.makedirs(folder, exist_ok=True)
+    held = filelock.FileLock(os.path.join(folder, "lock"))
     try:
-        held.acquire()
-    except filelock.Timeout:
-        raise CheckpointError(f"{folder}: another training writes to this run; --run NEWNAME starts a run of its "
-                              "own") from None
+        try:
+            held.acquire(timeout=0)
+        except filelock.Timeout:
+            when_busy()
+            held.acquire()
     except (NotImplementedError, OSError) as error:
-        # A file system without locks: we go on without one.
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
     try:
         yield
     finally:
         held.release()
-        if [file.name for file in folder.iterdir()] in ([], ["lock"]):
-            with contextlib.suppress(OSError):
-                (folder / "lock").unlink(missing_ok=True)
-                folder.rmdir()
 
 
-def load(file, device="cpu"):
-    """The dict that `save` was given. Raises CheckpointError for a missing, damaged, foreign or too new file.
+# ------------------------------------------------------------------------------------- writing
 
-    The check sums of the zip container are compared first: torch.load alone takes a flipped byte for a weight.
+def save(folder: str | Path, state: dict, step: int, sound: bool = True) -> Path:
+    """Writes folder/step_00001000.pt, then deletes older step files. Returns the path.
+
+    sound=False marks a state whose newest updates were not applied: step_00001000_unsound.pt. A run resumes from it,
+    but a rollback skips it. Keeps the newest KEEP sound files, and the newest unsound file unless a sound one is newer.
+    Raises OSError, for example on a full disk; the existing files then stay.
     """
+    folder = Path(folder)
+    file = folder / f"step_{step:08d}{'' if sound else UNSOUND}.pt"
+    save_as(file, state)
+    sound_files, unsound_files = step_files(folder, sound=True), step_files(folder, sound=False)
+    superfluous = sound_files[:-KEEP] + unsound_files[:-1]
+    superfluous += [f for f in unsound_files[-1:] if sound_files and f.name < sound_files[-1].name]
+    for old in [*superfluous, *folder.glob("step_*.part")]:         # .part: left by a process killed while saving
+        old.unlink(missing_ok=True)
+    return file
+
+
+def save_as(file: str | Path, state: dict) -> None:
+    """Writes the dict as a checkpoint of this name. Raises OSError, for example on a full disk."""
+    import torch
+    buffer = io.BytesIO()                # torch.save into a file on a full disk raises an error without a reason
+    torch.save({"format": FORMAT, **state}, buffer)
+    with atomic_write(file) as handle:
+        handle.write(buffer.getbuffer())
+
+
+def delete_unsound(folder: str | Path) -> None:
+    """Deletes the unsound files of a checkpoint folder."""
+    for file in step_files(folder, sound=False):
+        file.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------- reading
+
+def step_files(folder: str | Path, sound: bool | None = None) -> list[Path]:
+    """Returns the step files of a checkpoint folder, oldest first; sound=True or False selects one kind."""
+    files = sorted(file for file in Path(folder).glob("step_*.pt") if STEP_FILE.fullmatch(file.name))
+    return files if sound is None else [file for file in files if file.stem.endswith(UNSOUND) != sound]
+
+
+def load(file: str | Path, device="cpu") -> dict:
+    """Returns the dict that was saved. Raises DamagedCheckpoint, or InputError for a file of another format.
+
+    Compares the checksums of the zip container first, because torch.load does not notice a flipped byte.
+    """
+    import torch
     try:
         with zipfile.ZipFile(file) as container:
             damaged = container.testzip()
         state = None if damaged else torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: all mean a file that is none
-        raise CheckpointError(f"{file}: no readable checkpoint ({type(error).__name__})") from None
+        raise DamagedCheckpoint(f"{file}: no such file") from None
+    except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: depends on the damage
+        raise DamagedCheckpoint(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
     if damaged:
-        raise CheckpointError(f"{file}: damaged (the check sum of {damaged!a} is wrong)")
+        raise DamagedCheckpoint(f"{file}: damaged (the checksum of {damaged!a} is wrong)")
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise CheckpointError(f"{file}: no checkpoint of this project")
+        raise DamagedCheckpoint(f"{file}: not a checkpoint of this project")
     if state["format"] != FORMAT:
-        raise OtherFormat(f"{file}: format {state['format']}, this program reads {FORMAT}: use the version that "
-                          "wrote it")
+        raise InputError(f"{file}: format {state['format']}, but this version reads format {FORMAT}: use the version "
+                         "that wrote the file")
     if REQUIRED - state.keys() or not isinstance(state["constants"], dict):
-        raise CheckpointError(f"{file}: no checkpoint of this project")
+        raise DamagedCheckpoint(f"{file}: not a checkpoint of this project")
     return state
 
 
-def newest(folder, device="cpu", warn=print, set_aside=False, sound=None):
-    """(file, state) of the newest readable step file of a folder, or None where it holds none at all; sound as in
-    step_files.
+def newest(folder: str | Path, device="cpu", warn: Callable[[str], None] = print, set_aside: bool = False,
+           sound: bool | None = None) -> tuple[Path, dict] | None:
+    """Returns (file, state) of the newest readable step file of a folder, or None if it has no step file.
 
-    A damaged one is named through `warn` and passed over; with set_aside it is renamed too, to *.damaged, so that
-    it does not count among the KEEP that `save` keeps. Raises CheckpointError, and renames nothing, where all are
-    damaged, or one as new as these is of another version.
+    Passes each damaged file's message to `warn` and goes on to the one before. set_aside renames damaged files to
+    *.damaged, so that they do not count among the KEEP files. sound: as in step_files. Raises InputError, and renames
+    nothing, if all files are damaged, or if one has another format: training on from an older file would lose it.
     """
     files, damaged = step_files(folder, sound), []
     for file in reversed(files):
         try:
             state = load(file, device)
-        except OtherFormat:
-            raise
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             damaged.append(file)
             warn(f"{error}; trying the one before" if file != files[0] else str(error))
             continue
         for bad in damaged if set_aside else []:
             bad.rename(bad.with_name(bad.name + ".damaged"))
-            warn(f"{bad.name} is now {bad.name}.damaged")
+            warn(f"renamed {bad.name} to {bad.name}.damaged")
         return file, state
     if files:
-        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints can be read; nothing was changed, "
-                              "--run NEWNAME starts a new run")
+        raise InputError(f"{folder}: none of its {len(files)} checkpoints is readable; nothing was changed. --run "
+                         "NEWNAME starts a new run")
     return None
 
 
-def find(path, device="cpu", warn=print):
-    """(file, state) for what a user names: a run's folder, its checkpoint folder, or a single file."""
+def find(path: str | Path, device="cpu", warn: Callable[[str], None] = print) -> tuple[Path, dict]:
+    """Returns (file, state) for a run's folder, its checkpoint folder, or a single file. Raises InputError."""
     path = Path(path)
     if path.is_file():
         return path, load(path, device)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such run or file")
+        raise InputError(f"{path}: no such run or file")
     found = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path, device, warn)
     if found is None:
-        raise CheckpointError(f"{path}: no checkpoint there (yet); training.py writes the first one after "
-                              "CHECKPOINT_EVERY steps or CHECKPOINT_MINUTES")
+        raise InputError(f"{path}: contains no checkpoint yet; training.py writes one every CHECKPOINT_EVERY steps and "
+                         "every CHECKPOINT_MINUTES")
     return found

@@ -1,7 +1,7 @@
-"""Flags made of config.py's constants, errors of one line, and the choice of device.
+"""Flags made from config.py's constants, one runner with one error path for all scripts, and the choice of device.
 
-Every constant above config.py's last ruler is a flag: IMAGE_SIZE is `--image-size 64`, a boolean is `--flip` or
-`--no-flip`. A flag overrules config.py.
+Every constant above config.py's last section is a flag: IMAGE_SIZE is `--image-size 64`, a boolean is `--flip` or
+`--no-flip`. A flag overrides config.py.
 """
 
 import argparse
@@ -10,22 +10,24 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
 
 import config
+from errors import InputError, RunError
 
 DERIVED = ("TRANSFORMER_IN_CHANNELS",)
 IMAGE_SIZES = range(32, 257, 16)
 
-# What a constant may be, in words and as a test; the sign of the rest is checked by their type below.
+# Constants with limits of their own: a test, and what the value must be. The others are checked for their sign.
 LIMITS = {
-    "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, "a multiple of 16 from 32 to 256"),
+    "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, f"one of {', '.join(map(str, IMAGE_SIZES))}"),
     "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
     "DEVICE": (lambda v: v in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
     "BACKGROUND": (lambda v: 0 <= v <= 255, "0 to 255"),
-    "NUM_WORKERS": (lambda v: v >= -1, "-1 (one a core), 0 or more"),
+    "NUM_WORKERS": (lambda v: v >= -1, "-1 (one per core), 0 or more"),
     "HELD_OUT_SHARE": (lambda v: 0 <= v <= 0.5, "0 to 0.5"),
     "ALPHA_INIT": (lambda v: 0 < v <= 100, "above 0, at most 100"),
     "ALPHA_SPAN": (lambda v: 1 <= v <= 100, "1 to 100"),
@@ -36,7 +38,7 @@ LIMITS = {
     "FEEDBACK_PROB": (lambda v: 0 <= v <= 1, "0 to 1"),
     "EVALUATE_COUNT": (lambda v: v >= 4, "4 or more"),
     "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]{0,100}", v) is not None,
-            "a name of at most 100 characters without slashes or a dot in front"),
+            "a name of at most 100 characters without slashes or a leading dot"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
@@ -44,14 +46,66 @@ MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", 
                "EVALUATE_EVERY")
 
 
-class InputError(Exception):
-    """Something that the user gave can't be used; the message is one line that names it and the mend."""
+# ------------------------------------------------------------------------------------- scripts
 
-    status = 2                  # of the process that ends by it
+def run_script(program: str, function: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:
+    """Returns the exit status of function(argv): its own, or 0 for None. Every error is one line on stderr.
+
+    InputError and RunError bring their status, 2 and 1. A path that cannot be used is bad input, 2; any other OSError,
+    such as a full disk, is 1; Ctrl-C is 130.
+    """
+    try:
+        return function(argv) or 0
+    except (InputError, RunError) as error:
+        line, status = str(error), error.status
+    except OSError as error:
+        bad_path = isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError,
+                                      IsADirectoryError))
+        line, status = f"{error.filename or 'a file'}: {error.strerror or error}", 2 if bad_path else 1
+    except KeyboardInterrupt:
+        line, status = "stopped", 130
+    if line:                                     # empty where another process prints the line
+        print(f"{program}: {line}", file=sys.stderr)
+    return status
 
 
-def constants_with_comments():
-    """{name: (value, comment)} for every constant of config.py, in its order."""
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser without abbreviations that raises InputError instead of printing usage and exiting."""
+
+    def __init__(self, program: str, description: str):
+        super().__init__(prog=program, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists all flags")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """Returns an argparse type: a finite `kind`, int or float, above 0."""
+    def convert(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is invalid: must be above 0")
+        return value
+    convert.__name__ = {int: "whole number", float: "number"}[kind]
+    return convert
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device; auto selects CUDA, else MPS, else CPU. Raises InputError for a device that is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(n for n in available if available[n]))
+    if not available.get(name):
+        found = " or ".join(n for n in available if available[n])
+        raise InputError(f"--device {name} is not available on this machine: must be {found}, or auto")
+    return torch.device(name)
+
+
+# ------------------------------------------------------------------------------------- constants as flags
+
+def constants_with_comments() -> dict[str, tuple]:
+    """Returns {name: (value, comment)} for every constant of config.py, in its order."""
     source = inspect.getsource(config)
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
@@ -62,54 +116,24 @@ def constants_with_comments():
     return found
 
 
-def flag(name):
+def flag(name: str) -> str:
     """IMAGE_SIZE -> --image-size"""
     return "--" + name.lower().replace("_", "-")
 
 
-def no_flag(name):
-    """FLIP -> --no-flip"""
-    return "--no-" + flag(name).removeprefix("--")
-
-
-def as_given(name, value):
-    """How a user gives a constant this value: --image-size 64, --flip, --no-flip."""
+def as_given(name: str, value) -> str:
+    """Returns the flag that sets a constant: --image-size 64, --flip, --no-flip."""
     if isinstance(value, bool):
-        return flag(name) if value else no_flag(name)
+        return flag(name) if value else flag("NO_" + name)
     return f"{flag(name)} {value}"
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors of one line, not a usage text and an exit; no abbreviations."""
+def parse_constants(argv: Sequence[str] | None, program: str = "training.py",
+                    description: str = "") -> tuple[SimpleNamespace, set[str]]:
+    """Returns a run's constants, the flags `argv` over config.py, and the names that were given as flags.
 
-    def __init__(self, program, description):
-        super().__init__(prog=program, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists what is allowed")
-
-
-def split(argv):
-    """(a script's own flags, those behind -- that are training.py's); argv None: the command line."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    end = argv.index("--") if "--" in argv else len(argv)
-    return argv[:end], argv[end + 1:]
-
-
-def positive(kind):
-    """An argparse type: a `kind` above 0."""
-    def convert(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} can't be: give a number above 0")
-        return value
-    convert.__name__ = {int: "whole number", float: "number"}[kind]
-    return convert
-
-
-def make_parser(program, description):
-    """A Parser with a flag for each constant of config.py but the derived ones."""
+    argv None: the command line. Raises InputError for an unknown flag or an invalid value.
+    """
     parser = Parser(program, description)
     group = parser.add_argument_group("constants of config.py")
     for name, (value, comment) in constants_with_comments().items():
@@ -121,64 +145,41 @@ def make_parser(program, description):
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[type(value)]
             group.add_argument(flag(name), dest=name, default=value, help=text, metavar=metavar, type=type(value))
-    return parser
-
-
-def with_derived(values):
-    """A SimpleNamespace of constants, the derived ones computed from the others."""
-    constants = SimpleNamespace(**values)
-    constants.TRANSFORMER_IN_CHANNELS = constants.NUM_FRAMES * constants.CHANNELS
-    return constants
-
-
-def parse_constants(argv, program="training.py", description=""):
-    """The constants of a run, from the flags `argv` over config.py; and the names that were given as flags.
-
-    Raises InputError, one line, for an unknown flag and for a value that can't be.
-    """
-    parser = make_parser(program, description)
-    constants = with_derived(vars(parser.parse_args(argv)))
     words = sys.argv[1:] if argv is None else argv
+    c = with_derived(vars(parser.parse_args(words)))
     flags = {word.partition("=")[0] for word in words}
-    given = {name for name in vars(constants) if flags & {flag(name), no_flag(name)}}
-    check(constants)
-    return constants, given
+    check(c)
+    return c, {name for name in vars(c) if flags & {flag(name), flag("NO_" + name)}}
 
 
-def check(constants):
-    """Raises InputError, one line that says what is allowed, for values that can't be."""
-    for name, value in vars(constants).items():
+def with_derived(values: dict) -> SimpleNamespace:
+    """Returns the constants with the derived ones computed from the others."""
+    return SimpleNamespace(**{**values, "TRANSFORMER_IN_CHANNELS": values["NUM_FRAMES"] * values["CHANNELS"]})
+
+
+def check(c: SimpleNamespace) -> None:
+    """Raises InputError, one line that says which values work, for an invalid constant."""
+    for name, value in vars(c).items():
         if name in LIMITS:
             allowed, words = LIMITS[name]
         elif isinstance(value, (bool, str)) or name in DERIVED:
             continue
+        elif name in MAY_BE_ZERO:
+            allowed, words = (lambda v: v >= 0), "0 or more"
         else:
-            zero = name in MAY_BE_ZERO
-            allowed, words = (lambda v: v >= 0, "0 or more") if zero else (lambda v: v > 0, "a number above 0")
+            allowed, words = (lambda v: v > 0), "above 0"
         if (isinstance(value, float) and not math.isfinite(value)) or not allowed(value):
-            sizes = f" ({', '.join(map(str, IMAGE_SIZES))})" if name == "IMAGE_SIZE" else ""
-            raise InputError(f"{flag(name)} {value} can't be: give {words}{sizes}")
-    c = constants
+            raise InputError(f"{flag(name)} {value} is invalid: must be {words}")
     if c.PATCH % 4 or c.IMAGE_SIZE % c.PATCH:
         fitting = [p for p in range(4, c.IMAGE_SIZE + 1, 4) if c.IMAGE_SIZE % p == 0]
-        raise InputError(f"--patch {c.PATCH} does not fit --image-size {c.IMAGE_SIZE}: give one of "
+        raise InputError(f"--patch {c.PATCH} is invalid for --image-size {c.IMAGE_SIZE}: must be one of "
                          f"{', '.join(map(str, fitting))}")
     if c.MICRO_BATCH and c.BATCH_SIZE % c.MICRO_BATCH:
         fitting = [n for n in range(1, c.BATCH_SIZE + 1) if c.BATCH_SIZE % n == 0]
-        raise InputError(f"--micro-batch {c.MICRO_BATCH} does not divide --batch-size {c.BATCH_SIZE}: give one of "
+        raise InputError(f"--micro-batch {c.MICRO_BATCH} is invalid for --batch-size {c.BATCH_SIZE}: must be one of "
                          f"{', '.join(map(str, fitting))}")
     if c.TRANSFORMER_DIM % c.TRANSFORMER_HEADS:
         low = c.TRANSFORMER_DIM // c.TRANSFORMER_HEADS * c.TRANSFORMER_HEADS
-        raise InputError(f"--transformer-dim {c.TRANSFORMER_DIM} is no multiple of the {c.TRANSFORMER_HEADS} heads: "
-                         f"give {max(low, c.TRANSFORMER_HEADS)} or {low + c.TRANSFORMER_HEADS}")
-
-
-def choose_device(name):
-    """auto -> CUDA where there is one, else MPS, else CPU. Raises InputError for a device that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(n for n in there if there[n]))
-    if not there.get(name):
-        found = " or ".join(n for n in there if there[n])
-        raise InputError(f"--device {name} is not on this machine: give {found}, or auto")
-    return torch.device(name)
+        raise InputError(f"--transformer-dim {c.TRANSFORMER_DIM} is invalid: must be a multiple of the "
+                         f"{c.TRANSFORMER_HEADS} heads, such as {max(low, c.TRANSFORMER_HEADS)} or "
+                         f"{low + c.TRANSFORMER_HEADS}")

@@ -38,6 +38,8 @@ import numpy as np
 from PIL import Image, ImageOps, features
 from tqdm import tqdm
 
+from errors import InputError
+
 # torch and torchvision are imported inside the functions that need them: scan processes import this file and
 # need Pillow alone, and so start in 0.3 s instead of 6 s, without the memory that torch's libraries take.
 if typing.TYPE_CHECKING:
@@ -61,12 +63,6 @@ ORIENTATION = {    # EXIF orientation to the transposition that makes the pictur
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class DataError(Exception):
-    """Bad input or a full disk: one line for the user. Scripts print it and exit with status 2."""
-
-    status = 2                  # of the process that ends by it
 
 
 class Unusable(Exception):
@@ -178,18 +174,18 @@ def _levels(background):
     """A grey level or three levels, in 0..255, as three levels."""
     levels = (background,) * 3 if isinstance(background, int) else tuple(background)
     if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
-        raise DataError(f"background {background} is neither a grey level from 0 to 255 nor three of them")
+        raise InputError(f"background {background} is neither a grey level from 0 to 255 nor three of them")
     return levels
 
 
 def read_photo(path, image_size, channels, background=255):
-    """One photo as (H, W, C) uint8, decoded as load_images does. Raises DataError with one line."""
+    """One photo as (H, W, C) uint8, decoded as load_images does. Raises InputError with one line."""
     if not os.path.isfile(path):
         problem = "not a regular file" if os.path.exists(path) else "no such file"
-        raise DataError(f"{printable(path)}: {problem}")
+        raise InputError(f"{printable(path)}: {problem}")
     pixels, note, _ = _decode_or_reason(path, image_size, channels, _levels(background))
     if pixels is None:
-        raise DataError(f"{printable(path)}: {note}")
+        raise InputError(f"{printable(path)}: {note}")
     return pixels
 
 
@@ -244,7 +240,7 @@ def _walk(root, leave_out=None):
 def find_files(root, leave_out=None):
     """torchvision's ImageFolder without its demand for class folders: returns what `_walk` does.
 
-    Raises DataError when root is no folder or holds nothing that looks like an image.
+    Raises InputError when root is no folder or holds nothing that looks like an image.
     """
     from torchvision.datasets import ImageFolder
 
@@ -258,10 +254,10 @@ def find_files(root, leave_out=None):
 
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
-        raise DataError(f"{printable(root)}: {problem}")
+        raise InputError(f"{printable(root)}: {problem}")
     folder = AnyFolder(root)
     if not folder.files and not folder.skipped:
-        raise DataError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
+        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
     return folder.files, folder.skipped
 
 
@@ -462,7 +458,7 @@ def _decode_all(root, paths, settings, workers):
             for path, result in zip(chunk, future.result()):
                 yield path, *result
     except BrokenProcessPool:
-        raise DataError(f"a scan process died near {printable(chunk[0])}, perhaps for lack of memory; start "
+        raise InputError(f"a scan process died near {printable(chunk[0])}, perhaps for lack of memory; start "
                         "again with --num-workers 1, and it goes on from there") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -478,7 +474,7 @@ def _check_disk(cache, files, kept, cache_dir):
         images += len(slots)
     need, free = images * cache.image_bytes, shutil.disk_usage(cache.folder).free
     if need > free:
-        raise DataError(f"the decoded images need {need:,} bytes, and the disk of {printable(cache_dir)} has "
+        raise InputError(f"the decoded images need {need:,} bytes, and the disk of {printable(cache_dir)} has "
                         f"{free:,} free: make room, or choose a smaller --image-size or another --runs-dir")
 
 
@@ -517,7 +513,7 @@ def load_images(root, image_size, channels, cache_dir, background=255, workers=-
     held_out_share of the images is kept from training, none when that is fewer than held_out_min: an image
     goes where the hash of its pixels sends it, so that equal images stay on one side, and stay there when
     files are added. `leave_out` is a folder that is not looked into, such as the one that runs write their own
-    pictures to. Returns an ImageSet. Raises DataError.
+    pictures to. Returns an ImageSet. Raises InputError.
     """
     root, background = os.path.expanduser(os.fspath(root)), _levels(background)
     files, skipped = find_files(root, leave_out)
@@ -539,18 +535,18 @@ def load_images(root, image_size, channels, cache_dir, background=255, workers=-
             skipped.sort()
             if not usable:
                 path, reason = skipped[0]
-                raise DataError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the "
+                raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the "
                                 f"first is {printable(path)}: {reason}")
             shape = (len(usable), image_size, image_size, channels)
             images = np.memmap(cache.pixel_file, np.uint8, "r", shape=shape)
     except OSError as error:
-        raise DataError(f"{printable(folder)}: cannot keep decoded images here: {_short(error)}") from None
+        raise InputError(f"{printable(folder)}: cannot keep decoded images here: {_short(error)}") from None
     train, held_out = split(list(usable.values()), held_out_share, held_out_min)
     return ImageSet(images, list(usable), train, held_out, skipped)
 
 
 def load_images_of_run(root, c):
-    """load_images with a run's constants; files that can't be used are counted and named. Raises DataError."""
+    """load_images with a run's constants; files that can't be used are counted and named. Raises InputError."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
     for line in summary_lines(image_set):

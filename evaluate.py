@@ -43,9 +43,7 @@ import metrics
 import model_definitions
 import pictures
 import random_keys
-from checkpoints import CheckpointError
-from command_line import InputError
-from data import DataError
+from errors import InputError
 from extractors import find_extractor
 
 BATCH = 64                  # images read, made small or reconstructed at a time
@@ -110,7 +108,7 @@ def score_lines(found, generated, real, extractor):
 @torch.inference_mode()
 def generate(generator, latent_dim, count, seed, batch_size=32, share=(0, 1)):
     """`count` pictures from noise, uint8 (count, C, H, W) on the CPU; share (i, n): only the i-th of n parts."""
-    z = torch.randn(count, latent_dim, generator=random_keys.generator(seed, "evaluate"))
+    z = torch.randn(count, latent_dim, generator=random_keys.torch_generator(seed, "evaluate"))
     z = z.tensor_split(share[1])[share[0]]
     device = next(generator.parameters()).device
     return torch.cat([data.to_uint8(generator(part.to(device))).cpu() for part in bar(z.split(batch_size), "pictures")])
@@ -337,7 +335,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, DataError, CheckpointError) as error:
+    except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

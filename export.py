@@ -29,8 +29,7 @@ import command_line
 import config
 import latent_space
 import model_definitions
-from checkpoints import CheckpointError
-from command_line import InputError
+from errors import InputError
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1.0            # levels of 255 between onnxruntime's picture and torch's
@@ -144,7 +143,8 @@ def time_line(name, function):
 def write_onnx(file, generator, c):
     """The file, and a line about it. Raises DifferenceError, OSError; then there is no file."""
     model, words = checked_onnx(generator, c.LATENT_DIM)
-    checkpoints.write_atomically(file, lambda handle: handle.write(model))
+    with checkpoints.atomic_write(file) as handle:
+        handle.write(model)
     print(f"{file}: {megabytes(file)}, {words}")
 
 
@@ -265,7 +265,7 @@ def main(argv=None):
     """Exit status: 0 done, 1 the exported model draws other pictures, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, CheckpointError) as error:
+    except InputError as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     except DifferenceError as error:

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import random_keys
-from command_line import InputError
+from errors import InputError
 
 BATCH = 64                  # images through the network at a time on a GPU
 CPU_BATCH = 4               # on the CPU: what more take no longer fits its cache, 58 ms an image with 64, 28 ms with 4
@@ -157,7 +157,7 @@ def from_torchscript(file, device, side):
                              f"{reason[:200]}") from None
 
     extractor = Features(features, file, device)
-    noise = torch.rand(3, 3, side, side, generator=random_keys.generator(0, "extractor"))
+    noise = torch.rand(3, 3, side, side, generator=random_keys.torch_generator(0, "extractor"))
     dimensions = extractor((noise * 255).byte()).shape[1]
     extractor.name = f"{Path(file).name}, {dimensions} features, pictures at their own size"
     return extractor

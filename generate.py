@@ -40,9 +40,8 @@ import latent_space
 import model_definitions
 import pictures
 import random_keys
-from checkpoints import CheckpointError
-from command_line import InputError, positive
-from data import DataError
+from command_line import positive
+from errors import InputError
 
 GRID_LIMIT = 256                                  # pictures on grid.png at most; the single files hold them all
 WAITING_LIMIT = 64                                # pictures that wait to be written at most
@@ -122,7 +121,7 @@ class Motion:
 def read_photos(paths, c):
     """(names, uint8 arrays (H, W, C)) of photos and of the photos in folders, decoded as training does.
 
-    Raises DataError for one that can't be read."""
+    Raises InputError for one that can't be read."""
     files = []
     for path in paths:
         files += sorted(Path(path) / name for name in data.find_files(path)[0]) if Path(path).is_dir() else [Path(path)]
@@ -292,7 +291,7 @@ def synthetic_frames(generator, c, seed):
     the same through the layer."""
     layer = generator.layer
     x = generator.vae.decode(latent_space.draw_z(seed, 0, 4, c.LATENT_DIM).to(device_of(generator)))
-    changes = layer.video.draw(random_keys.generator(seed, "generate", 0)).to(x)
+    changes = layer.video.draw(random_keys.torch_generator(seed, "generate", 0)).to(x)
     for frame in layer.video(x, changes).clamp(0, 1).chunk(c.NUM_FRAMES, dim=1):
         parts = [pictures.stack([pictures.grid(data.to_arrays(part))], [label])
                  for part, label in ((frame * 2 - 1, "from the decoder"), (layer(frame), "through the layer"))]
@@ -403,7 +402,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, CheckpointError, DataError) as error:
+    except InputError as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

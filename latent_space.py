@@ -17,7 +17,7 @@ import random_keys
 
 def draw_z(seed, first, count, latent_dim):
     """z (count, LATENT_DIM) of the pictures first, first + 1, ...: each from a key of its own."""
-    return torch.stack([torch.randn(latent_dim, generator=random_keys.generator(seed, "generate", first + i))
+    return torch.stack([torch.randn(latent_dim, generator=random_keys.torch_generator(seed, "generate", first + i))
                         for i in range(count)])
 
 

@@ -576,7 +576,8 @@ def write(folder, live=False):
         text = page(run, live, count).encode()
         if len(text) < PAGE_BYTES:
             break
-    checkpoints.write_atomically(file, lambda handle: handle.write(text))
+    with checkpoints.atomic_write(file) as handle:
+        handle.write(text)
     return file
 
 

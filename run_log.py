@@ -13,7 +13,6 @@ from tqdm import tqdm
 import checkpoints
 import command_line
 import data
-import model_definitions
 import pictures
 import random_keys
 
@@ -35,7 +34,7 @@ def write_samples(state, c, image_set, folder):
     shown = image_set.held_out if len(image_set.held_out) else image_set.train
     order = random_keys.numpy_generator(c.SEED, "pictures to reconstruct").permutation(len(shown))
     real = data.read_batch(image_set, shown[order[:c.SAMPLE_COUNT]], None)
-    z = torch.randn(c.SAMPLE_COUNT, c.LATENT_DIM, generator=random_keys.generator(c.SEED, "samples"))
+    z = torch.randn(c.SAMPLE_COUNT, c.LATENT_DIM, generator=random_keys.torch_generator(c.SEED, "samples"))
 
     def in_batches(function, tensor):
         parts = [function(part.to(state.device)) for part in tensor.split(c.BATCH_SIZE)]
@@ -193,7 +192,8 @@ def cut_metrics(file, step):
                 kept.append(line)
         except (ValueError, TypeError, KeyError):
             continue
-    checkpoints.write_atomically(file, lambda handle: handle.write("".join(kept).encode()))
+    with checkpoints.atomic_write(file) as handle:
+        handle.write("".join(kept).encode())
 
 
 def in_words(seconds):
@@ -221,9 +221,6 @@ def duration_line(c, seconds_a_step, step):
 
 def print_start(c, state, image_set):
     print(textwrap.fill("  ".join(f"{name}={value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
-    print(f"{'part':28}{'parameters':>12}{'multiply-adds an image':>26}")
-    for name, parameters, count in model_definitions.summary(state.generator, state.critic, c.BATCH_SIZE):
-        print(f"{name:28}{parameters:12,}{count:26,}")
     together = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
     print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}"
           f"{together}")

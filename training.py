@@ -30,9 +30,7 @@ import distributed
 import evaluate
 import latent_space
 import report
-from checkpoints import CheckpointError
-from command_line import InputError
-from data import DataError
+from errors import InputError
 from run_log import Log, NoLog, is_sample_step, print_start, say, write_samples
 from training_step import HOW_COMBINED, new_state, set_up, training_step
 
@@ -63,7 +61,8 @@ def describe_run(c, image_set, folder):
     """What is known at the start: config.json and the names of skipped files, and the folders for the rest."""
     for part in (folder / "samples", folder / "checkpoints"):
         part.mkdir(exist_ok=True)
-    checkpoints.write_atomically(folder / "config.json", lambda f: f.write(json.dumps(vars(c), indent=2).encode()))
+    with checkpoints.atomic_write(folder / "config.json") as file:
+        file.write(json.dumps(vars(c), indent=2).encode())
     data.write_skipped(image_set, folder / "skipped.txt")
 
 
@@ -147,23 +146,23 @@ def weights_to_start_from(c):
 
 
 def start_from(state, file, weights):
-    """Gives a new run's networks the weights of a file. Raises CheckpointError where its networks are others."""
+    """Gives a new run's networks the weights of a file. Raises InputError where its networks are others."""
     try:
         for part in weights:
             getattr(state, part).load_state_dict(weights[part])
     except RuntimeError as error:
-        raise CheckpointError(f"{file}: its networks are not those of this version "
+        raise InputError(f"{file}: its networks are not those of this version "
                               f"({str(error).splitlines()[0]}): use a file of this version") from None
     print(f"starting from {file}" + ("" if "critic" in weights else ", with a new critic: the file holds none"))
 
 
 def load_state(state, file, saved):
-    """Brings state to what a checkpoint holds. Raises CheckpointError where its networks are others."""
+    """Brings state to what a checkpoint holds. Raises InputError where its networks are others."""
     try:
         state.load_state_dict(saved)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file}: its networks are not those of this version ({reason}): use the version that "
+        raise InputError(f"{file}: its networks are not those of this version ({reason}): use the version that "
                               "wrote it, or --run NEWNAME for a new run") from None
 
 
@@ -342,7 +341,7 @@ def roll_back(state, c, saver, log):
     counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
     state.set_learning_rates(c)
     if ranks.first:
-        checkpoints.drop_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
+        checkpoints.delete_unsound(saver.folder)       # first: after a kill in between, the same thing is done again
         saver.save()
     log.back_to(counters["step"])
     say(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} with "
@@ -434,8 +433,10 @@ def start(argv):
         if not ranks.first:                      # the first process speaks for all
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
         distributed.on_first(ranks, lambda: check_shares(c, ranks))
+        def refuse():
+            raise InputError(f'{folder}: another training writes to this run; --run NEWNAME starts a run of its own')
         try:
-            distributed.on_first(ranks, lambda: held.enter_context(checkpoints.lock(folder)))
+            distributed.on_first(ranks, lambda: held.enter_context(checkpoints.lock(folder, refuse)))
         except OSError as error:
             raise InputError(f"{folder}: can't be written ({error.strerror}); give another --runs-dir") from None
         try:
@@ -481,7 +482,7 @@ def main(argv=None):
     the rest: lost to NaN, out of memory, a disk that stays full."""
     try:
         return start(argv)
-    except (InputError, DataError, CheckpointError, Lost, distributed.RankError) as error:
+    except (InputError, Lost, distributed.RankError) as error:
         if str(error):                    # none: another process says it
             print(f"training.py: {error}", file=sys.stderr)
         return error.status

@@ -82,7 +82,8 @@ class State:
 
     def draw(self, constants, purpose, update=0):
         """The torch.Generator for one purpose of the current step and critic update."""
-        return random_keys.generator(constants.SEED, purpose, self.counters["rollbacks"], self.counters["step"], update)
+        return random_keys.torch_generator(
+            constants.SEED, purpose, self.counters["rollbacks"], self.counters["step"], update)
 
 
 def generator_rates(c):
@@ -93,7 +94,7 @@ def generator_rates(c):
 def new_state(c, device, ranks=distributed.ALONE):
     """Networks and optimizers at their start, a function of SEED; torch's global generator is put back."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random_keys.generator(c.SEED, "weights").initial_seed())
+        torch.default_generator.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
         generator, critic = model_definitions.build(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
     generator.layer.to_tokens.to(memory_format=torch.contiguous_format)       # rearranged each step, half the time so
@@ -254,16 +255,15 @@ def generator_loss(critic, real, image, mu, logvar, lambda_rec, lambda_kl):
     """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), and its two VAE terms."""
     fake, reconstructed = image.chunk(2)
     reconstruction, kl = losses.reconstruction_loss(reconstructed, real), losses.kl_divergence(mu, logvar)
-    factor = losses.size_factor(*real.shape[1:])
-    loss = losses.generator_loss(critic(fake), reconstruction, kl, real[0].numel(), lambda_rec * factor,
-                                 lambda_kl * factor)
+    loss = losses.generator_loss(critic(fake), reconstruction, kl, real[0].numel(), lambda_rec,
+                                 lambda_kl)
     return loss, reconstruction, kl
 
 
 def critic_scores(critic, real, fake, lambda_drift):
     """L_D without its penalty, and the gap D(real) - D(fake): one pass for both sides."""
     real_score, fake_score = critic(torch.cat([real, fake])).chunk(2)
-    return losses.critic_loss(real_score, fake_score, 0, 0, lambda_drift), real_score.mean() - fake_score.mean()
+    return losses.critic_loss(real_score, fake_score, lambda_drift), real_score.mean() - fake_score.mean()
 
 
 def apply_update(state, model, optimizer):
@@ -304,7 +304,7 @@ def critic_step(state, c, batch, shared=None):
         (loss / len(parts)).backward()
         values.append({"critic_loss": loss.detach(), "score_gap": gap.detach()})
         some = slice(-(first + part.start) % c.GP_EVERY, None, c.GP_EVERY)      # every GP_EVERY-th of the whole batch
-        x_hat = losses.between(batch.real[part][some], fake[some], batch.between[part][some])
+        x_hat = losses.interpolate(batch.real[part][some], fake[some], batch.between[part][some])
         if len(x_hat):
             norms.append(state.functions.gradient_norm(state.critic, x_hat))
             (c.LAMBDA_GP * losses.gradient_penalty(norms[-1]) * len(x_hat) / measured).backward()

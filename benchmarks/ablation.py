@@ -57,8 +57,8 @@ import extractors
 import metrics
 import model_definitions
 import training_step
-from command_line import InputError, positive
-from data import DataError
+from command_line import positive
+from errors import InputError
 from model_definitions import TransformerParamTanh
 
 KEYS = ("set", "layer", "seed", "steps")                      # of a row
@@ -518,7 +518,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, DataError) as error:
+    except InputError as error:
         print(f"ablation.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

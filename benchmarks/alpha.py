@@ -31,9 +31,7 @@ import latent_space
 import metrics
 import model_definitions
 import pictures
-from checkpoints import CheckpointError
-from command_line import InputError
-from data import DataError
+from errors import InputError
 
 BATCH = 32
 SHOWN = 8                       # pictures on the sheet
@@ -149,7 +147,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, DataError, CheckpointError) as error:
+    except InputError as error:
         print(f"alpha.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

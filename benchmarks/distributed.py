@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command_line
 import distributed
 import training_step
-from command_line import InputError
+from errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

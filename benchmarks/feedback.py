@@ -24,8 +24,7 @@ import data
 import generate
 import latent_space
 import model_definitions
-from checkpoints import CheckpointError
-from command_line import InputError
+from errors import InputError
 
 PLACES, REACH = (50, 1000), 20          # frames in the middle, and frames on each side of them
 FRAMES_A_KEYFRAME = 27                  # as in generate.py's default video: 160 frames over 6 keyframes
@@ -98,7 +97,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, CheckpointError) as error:
+    except InputError as error:
         print(f"feedback.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

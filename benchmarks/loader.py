@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command_line
 import data
 import training_step
-from command_line import InputError
+from errors import InputError
 
 
 def photo(rng, width=3000, height=2000):
@@ -191,7 +191,7 @@ def main(argv=None):
             if flags.many:
                 start_again(flags, c, Path(scratch))
         return 0
-    except (InputError, data.DataError) as error:
+    except (InputError, data.InputError) as error:
         print(f"loader.py: {error}", file=sys.stderr)
         return 2
 

@@ -35,8 +35,8 @@ import extractors
 import model_definitions
 import pictures
 import training
-from command_line import InputError, positive
-from data import DataError
+from command_line import positive
+from errors import InputError
 
 HERE = Path(__file__).resolve().parent
 SIZE = 64
@@ -181,7 +181,7 @@ def main(argv=None):
     """Exit status: 0 done, 2 bad input (one line says what)."""
     try:
         return start(argv)
-    except (InputError, DataError, checkpoints.CheckpointError) as error:
+    except (InputError, checkpoints.InputError) as error:
         print(f"quality.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

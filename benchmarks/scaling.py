@@ -30,7 +30,7 @@ import checkpoints
 import command_line
 import data
 import training_step
-from command_line import InputError
+from errors import InputError
 
 BASE = ["--image-size", "64", "--batch-size", "16"]
 VALUES = {     # from cheap to dear

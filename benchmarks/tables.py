@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from command_line import InputError
+from errors import InputError
 
 
 def append(file, columns, row):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import CheckpointError
+from checkpoints import InputError
 
 
 def state(value=1.0):
@@ -57,7 +57,7 @@ def test_a_whole_file_of_another_version_is_not_passed_over(tmp_path, number):
     """Going on from the older one would throw away what came after it."""
     checkpoints.save(tmp_path, state(), 1)
     torch.save({**state(), "format": number}, tmp_path / "step_00000002.pt")
-    with pytest.raises(CheckpointError, match=f"step_00000002.pt: format {number}, this program reads"):
+    with pytest.raises(InputError, match=f"step_00000002.pt: format {number}, this program reads"):
         checkpoints.newest(tmp_path, set_aside=True)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step_00000001.pt", "step_00000002.pt"]
 
@@ -65,7 +65,7 @@ def test_a_whole_file_of_another_version_is_not_passed_over(tmp_path, number):
 def test_all_damaged_raises_one_line_and_deletes_nothing(tmp_path):
     for step in (1, 2):
         checkpoints.save(tmp_path, state(), step).write_bytes(b"junk")
-    with pytest.raises(CheckpointError, match="none of its 2"):
+    with pytest.raises(InputError, match="none of its 2"):
         checkpoints.newest(tmp_path, warn=lambda line: None)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -95,7 +95,7 @@ def test_find_takes_a_run_a_checkpoint_folder_or_a_file(tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints", file):
         assert checkpoints.find(path)[0] == file
     for path, words in ((tmp_path / "none", "no such run"), (tmp_path, "no checkpoint")):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(InputError, match=words):
             checkpoints.find(path)
 
 

@@ -100,7 +100,7 @@ def test_float_grey_from_0_to_1_is_scaled_and_other_values_are_refused(tmp_path)
     assert_sides(data.read_photo(tmp_path / "good.tif", 32, 3), (64,) * 3, (191,) * 3, 1)
     for number, bad in enumerate((levels * 1000, levels - 1, levels * np.nan)):
         Image.fromarray(bad).save(tmp_path / f"bad{number}.tif")
-        with pytest.raises(data.DataError, match="pixel values outside 0 to 1"):
+        with pytest.raises(data.InputError, match="pixel values outside 0 to 1"):
             data.read_photo(tmp_path / f"bad{number}.tif", 32, 3)
 
 
@@ -258,7 +258,7 @@ def test_a_picture_that_claims_to_be_huge_is_never_decoded(tmp_path, monkeypatch
     claim_size(tmp_path / "huge.png", 30000, 30000)
     monkeypatch.setattr(data, "_eight_bit", lambda picture: pytest.fail("it was decoded"))
     monkeypatch.setattr(Image.Image, "load", lambda picture: pytest.fail("it was decoded"))
-    with pytest.raises(data.DataError, match="30000 x 30000 pixels"):
+    with pytest.raises(data.InputError, match="30000 x 30000 pixels"):
         data.read_photo(tmp_path / "huge.png", 32, 3)
 
 
@@ -266,7 +266,7 @@ def test_read_photo_names_the_file_and_the_fault(tmp_path):
     (tmp_path / "empty.jpg").touch()
     for path, fault in ((tmp_path / "gone.jpg", "no such file"), (tmp_path, "not a regular file"),
                         (tmp_path / "empty.jpg", "empty file")):
-        with pytest.raises(data.DataError, match=f"{path}: {fault}"):
+        with pytest.raises(data.InputError, match=f"{path}: {fault}"):
             data.read_photo(path, 32, 3)
 
 
@@ -278,7 +278,7 @@ def test_no_usable_image_missing_and_empty_folders_are_one_line_each(tmp_path):
     (tmp_path / "file").touch()
     for name, fault in (("gone", "no such folder"), ("empty", "no images in it"), ("file", "is a file"),
                         ("broken", r"none of its 11 images can be used; the first is cut.bmp: ")):
-        with pytest.raises(data.DataError, match=fault) as caught:
+        with pytest.raises(data.InputError, match=fault) as caught:
             load(str(tmp_path / name), tmp_path)
         assert str(tmp_path / name) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
@@ -505,7 +505,7 @@ def test_too_little_disk_is_said_before_the_scan(tmp_path, image_folder, monkeyp
     root = image_folder(4)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 768 - 1))
-    with pytest.raises(data.DataError, match=r"need 3,072 bytes, and the disk of .* has 3,071 free"):
+    with pytest.raises(data.InputError, match=r"need 3,072 bytes, and the disk of .* has 3,071 free"):
         load(root, tmp_path)
     assert decoded == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 768))
@@ -515,7 +515,7 @@ def test_too_little_disk_is_said_before_the_scan(tmp_path, image_folder, monkeyp
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, image_folder, monkeypatch):
     root = image_folder(2)
     (tmp_path / "cache").touch()
-    with pytest.raises(data.DataError, match=r"cache.*: cannot keep decoded images here: "):
+    with pytest.raises(data.InputError, match=r"cache.*: cannot keep decoded images here: "):
         load(root, tmp_path)
     (tmp_path / "cache").unlink()
 
@@ -523,7 +523,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, image_folder, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.Cache, "save", full)
-    with pytest.raises(data.DataError, match="no space left on device"):
+    with pytest.raises(data.InputError, match="no space left on device"):
         load(root, tmp_path)
 
 
@@ -596,7 +596,7 @@ def test_a_scan_process_that_dies_is_one_line_and_the_work_before_it_is_kept(tmp
     monkeypatch.setattr(data, "POOL_FROM", 1)
     with monkeypatch.context() as patch:
         patch.setattr(data, "ProcessPoolExecutor", Pool)
-        with pytest.raises(data.DataError, match=r"a scan process died near 0016\.png.*--num-workers 1"):
+        with pytest.raises(data.InputError, match=r"a scan process died near 0016\.png.*--num-workers 1"):
             load(root, tmp_path, workers=1)
     names = []
     original = data._decode

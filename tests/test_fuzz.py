@@ -78,7 +78,7 @@ def test_broken_images_give_a_picture_or_an_error_of_ours(tmp_path, kind, option
         file.write_bytes(content)
         try:
             pixels = data.read_photo(file, 32, 3)
-        except data.DataError as error:
+        except data.InputError as error:
             assert "\n" not in str(error) and "picture.png" in str(error)
             outcomes[False] += 1
         else:
@@ -98,7 +98,7 @@ def test_broken_checkpoints_give_the_same_tensors_or_an_error_of_ours(tmp_path):
         file.write_bytes(content)
         try:
             saved = checkpoints.load(file)
-        except checkpoints.CheckpointError as error:
+        except checkpoints.InputError as error:
             assert "\n" not in str(error) and file.name in str(error)
             outcomes[False] += 1
         else:
@@ -116,6 +116,6 @@ def test_a_checkpoint_runs_no_code(tmp_path):
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({"format": checkpoints.FORMAT, "weights": Trap()}, tmp_path / "step_00000001.pt")
-    with pytest.raises(checkpoints.CheckpointError, match=r"step_00000001\.pt"):
+    with pytest.raises(checkpoints.InputError, match=r"step_00000001\.pt"):
         checkpoints.load(tmp_path / "step_00000001.pt")
     assert not (tmp_path / "sprung").exists()

@@ -55,7 +55,7 @@ def test_penalty_and_its_weight_gradients_equal_the_textbook_form(g):
 
 def test_x_hat_lies_between_real_and_fake_with_one_e_a_sample():
     real, fake = torch.full((3, 1, 2, 2), 10.0), torch.zeros(3, 1, 2, 2)
-    x_hat = losses.between(real, fake, torch.tensor([0.0, 0.25, 1.0]))
+    x_hat = losses.interpolate(real, fake, torch.tensor([0.0, 0.25, 1.0]))
     assert x_hat.flatten(1).tolist() == [[0.0] * 4, [2.5] * 4, [10.0] * 4]
 
 

@@ -8,7 +8,7 @@ import random_keys
 
 def test_a_key_gives_the_same_draws_and_another_key_others():
     def draw(*key):
-        return torch.randn(4, generator=random_keys.generator(*key)).tolist()
+        return torch.randn(4, generator=random_keys.torch_generator(*key)).tolist()
 
     keys = [(0, "noise", 1, 2), (1, "noise", 1, 2), (0, "order", 1, 2), (0, "noise", 2, 1), (0, "noise", 1),
             (2 ** 40, "noise", 1, 2), (0, "noise", 1, 2 ** 33)]
@@ -23,13 +23,13 @@ def test_large_numbers_do_not_run_into_their_neighbours():
 
 
 def test_a_key_means_the_same_in_another_process():
-    program = "import random_keys; print(random_keys.generator(3, 'noise', 7).initial_seed())"
+    program = "import random_keys; print(random_keys.torch_generator(3, 'noise', 7).initial_seed())"
     elsewhere = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                                cwd=random_keys.__file__.rpartition("/")[0]).stdout
-    assert int(elsewhere) == random_keys.generator(3, "noise", 7).initial_seed()
+    assert int(elsewhere) == random_keys.torch_generator(3, "noise", 7).initial_seed()
 
 
 def test_global_generators_are_neither_read_nor_moved():
     before = torch.get_rng_state()
-    torch.randn(3, generator=random_keys.generator(0, "noise"))
+    torch.randn(3, generator=random_keys.torch_generator(0, "noise"))
     assert torch.equal(before, torch.get_rng_state())

@@ -327,7 +327,7 @@ def test_the_penalty_is_the_mean_over_every_gp_every_th_picture(small_state, eve
     batch = training_step.make_batch(state, c, images, 0)
     with torch.no_grad():
         fake, _ = state.generator.image_and_alpha(batch.z, changes=batch.changes)
-    x_hat = losses.between(batch.real, fake, batch.between)[chosen]
+    x_hat = losses.interpolate(batch.real, fake, batch.between)[chosen]
     expected = (losses.gradient_norm(state.critic, x_hat) - 1).square().mean().item()
     values = training_step.critic_step(state, c, batch)
     assert values["gradient_penalty"].item() == pytest.approx(expected, rel=1e-3)
