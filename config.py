@@ -66,7 +66,6 @@ MAX_ROLLBACKS = 3           # times that a run goes back, each time with half th
 BFLOAT16 = True             # CUDA: convolutions and products in bfloat16 where it is safe; off: all in float32
 TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster
 CUDA_GRAPH = True           # CUDA, one process: a step's kernels are recorded once and then started as one
-COMPILE = False             # torch.compile for the losses: minutes at the start; on the CPU the critic got slower by it
 RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save memory (activation checkpointing)
 
 # ------------------------------------------------------------------------------------- logging

@@ -1,8 +1,8 @@
-"""Several processes that train one model: who we are, our share of a batch, sums over all of us.
+"""Data parallelism over processes: ranks, this rank's slice of a batch, all-reduce, errors on one rank.
 
-torchrun starts the processes and tells each by environment variables who it is; without it there is one, and nothing
-here does anything. Gradients travel over NCCL between GPUs and over gloo between CPUs; what is decided together (to
-stop, to save) over gloo in both cases.
+torchrun starts the processes and describes each in environment variables; with a single process no function here
+communicates. Gradients travel over NCCL between GPUs and over gloo between CPUs; decisions, such as to stop or to
+save, over gloo in both cases.
 """
 
 import contextlib
@@ -10,56 +10,60 @@ import datetime
 import os
 import re
 import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-GRADIENT_TIMEOUT = datetime.timedelta(minutes=10)     # after which a process that answers no more is given up
-TALK_TIMEOUT = datetime.timedelta(hours=3)            # one process may decode a large folder while the others wait
+from errors import RunError
+
+GRADIENT_TIMEOUT = datetime.timedelta(minutes=10)     # after which a rank that does not answer counts as lost
+DECISION_TIMEOUT = datetime.timedelta(hours=3)        # rank 0 may decode a large folder while the others wait
 
 
-class RankError(Exception):
-    """Another process has left, differs from this one, or failed; the message is one line, empty where another one says
-    it."""
+class RankError(RunError):
+    """Another rank has left, differs from this one, or failed; without a message if that rank prints it."""
 
-    def __init__(self, message, status=1):
+    def __init__(self, message: str, status: int = 1):
         super().__init__(message)
-        self.status = status                           # of the process that ends by it
+        self.status = status
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process among all that train together."""
     rank: int = 0
     size: int = 1
     local_rank: int = 0              # among those on this machine
-    talk: object = None              # the gloo group for what is decided together
+    group: object = None             # the gloo group for decisions
 
     @property
-    def first(self):
+    def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, count):
-        """The slice of `count` things that is this process's; size divides count."""
+    def slice_of(self, count: int) -> slice:
+        """Returns this rank's slice of `count` items; size divides count."""
         part = count // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
-def started_by_torchrun():
+# ------------------------------------------------------------------------------------- joining
+
+def started_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def local_rank():
+def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def own_device(device):
-    """Under torchrun the GPU that is this process's, made its current one; any other device as it is."""
+def own_device(device: torch.device) -> torch.device:
+    """Returns this rank's GPU under torchrun, and makes it the current one; any other device unchanged."""
     if device.type == "cuda" and started_by_torchrun():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
@@ -67,49 +71,51 @@ def own_device(device):
 
 
 @contextlib.contextmanager
-def joined(device):
-    """The Ranks of this process, which has joined the others. A collective that fails is a RankError inside."""
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Joins the process group and yields this process's Ranks. A failed collective inside raises RankError."""
     if not started_by_torchrun():
-        yield ALONE
+        yield SINGLE
         return
     try:
         try:
-            # torchrun restarts dead processes with the same store, in which the dead ones' addresses still stand.
+            # torchrun restarts failed processes with the same store, which still has the addresses of the old ones.
             store, rank, size = next(rendezvous("env://", timeout=GRADIENT_TIMEOUT))
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                     world_size=size, timeout=GRADIENT_TIMEOUT)
-            talk = dist.new_group(backend="gloo", timeout=TALK_TIMEOUT)
+            group = dist.new_group(backend="gloo", timeout=DECISION_TIMEOUT)
         except RuntimeError as error:
-            raise RankError(f"rank {os.environ['RANK']}: the processes have not met ({brief(error)}): is the port "
-                            f"{os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} free, and reached by "
-                            "all?") from None
+            raise RankError(f"rank {os.environ['RANK']}: the processes did not connect ({first_line(error)}): check "
+                            f"that port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')} is free and "
+                            "can be reached from every machine") from None
         try:
-            yield Ranks(rank, size, local_rank(), talk)
+            yield Ranks(rank, size, local_rank(), group)
         except RuntimeError as error:
-            if not of_a_collective(error):
+            if not is_collective_error(error):
                 raise
-            raise RankError(f"rank {rank}: another process has left ({brief(error)}); the newest checkpoint is whole, "
-                            "and the same command goes on from it") from None
+            raise RankError(f"rank {rank}: another process has left ({first_line(error)}); the newest checkpoint is "
+                            "complete, and the same command continues from it") from None
     finally:
-        with contextlib.suppress(Exception):           # with a process gone there is nobody to take leave of
+        with contextlib.suppress(Exception):           # a peer may already be gone
             dist.destroy_process_group()
 
 
-def brief(error):
-    """The first line of torch's message without its place in torch's source."""
+def first_line(error: Exception) -> str:
+    """Returns the first line of torch's message, without its source location, shortened."""
     line = re.sub(r"\[?/[^\s\]]*:\d+\]?:?\s*", "", str(error).split("\n")[0])
     return textwrap.shorten(line, 160, placeholder=" ...")
 
 
-def of_a_collective(error):
-    """Whether a RuntimeError says that another process is gone."""
+def is_collective_error(error: RuntimeError) -> bool:
+    """Returns whether an error means that a peer is gone."""
     return isinstance(error, dist.DistError) or any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL"))
 
 
-def average_gradients(ranks, model):
-    """The mean over all processes of each gradient, a missing one as zeros: one all_reduce of one flat tensor."""
+# ------------------------------------------------------------------------------------- tensors
+
+def average_gradients(ranks: Ranks, model: torch.nn.Module) -> None:
+    """Replaces each gradient by its mean over all ranks, a missing one as zeros: one all_reduce of one flat tensor."""
     if ranks.size == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -121,52 +127,48 @@ def average_gradients(ranks, model):
         p.grad = gradient.copy_(part.view(gradient.shape))
 
 
-def combined(ranks, values, how):
-    """{name: tensor ()} -> the same over all processes: the mean, or where `how` has the name, torch.amin or amax."""
+def reduce_values(ranks: Ranks, values: dict, reductions: dict) -> dict:
+    """{name: scalar tensor} -> the same reduced over all ranks: by reductions[name], or else by the mean."""
     if ranks.size == 1:
         return values
     mine = torch.stack([value.float() for value in values.values()])
     everyone = [torch.empty_like(mine) for _ in range(ranks.size)]
     dist.all_gather(everyone, mine)
-    return {name: how.get(name, torch.mean)(column) for name, column in zip(values, torch.stack(everyone).T)}
+    return {name: reductions.get(name, torch.mean)(column) for name, column in zip(values, torch.stack(everyone).T)}
 
 
-def largest(ranks, numbers):
-    """A list of whole numbers -> the largest of all processes at each place: how all learn what one has decided."""
+# ------------------------------------------------------------------------------------- decisions
+
+def maximum(ranks: Ranks, numbers: list[int]) -> list[int]:
+    """Returns the maximum over all ranks of each number: how all ranks learn what one of them decided."""
     if ranks.size == 1:
         return numbers
     tensor = torch.tensor(numbers, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.talk)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)
     return tensor.tolist()
 
 
-def wait_for_all(ranks):
-    """Returns when every process is here."""
-    gathered(ranks, None)
-
-
-def gathered(ranks, thing):
-    """A list of every process's thing, on all of them. Things are plain objects and CPU tensors."""
+def gather(ranks: Ranks, item) -> list:
+    """Returns every rank's item, on all ranks. Items are plain objects and CPU tensors."""
     if ranks.size == 1:
-        return [thing]
+        return [item]
     everyone = [None] * ranks.size
-    dist.all_gather_object(everyone, thing, group=ranks.talk)
+    dist.all_gather_object(everyone, item, group=ranks.group)
     return everyone
 
 
-def together(ranks, function, here):
-    """What function() gives where `here` is true, None elsewhere, when all such processes are done.
+def on_some_ranks(ranks: Ranks, function: Callable, selected: bool):
+    """Returns function() on the ranks with selected=True, None on the others, after all of them have finished.
 
-    What it raises is raised there; all others then raise a RankError without a message, with the exit status of what
-    was raised: torchrun reports whoever ends first.
+    If it raises on one rank, the others raise a RankError without a message and with the same exit status.
     """
     result, error = None, None
-    if here:
+    if selected:
         try:
             result = function()
-        except BaseException as raised:                # Ctrl-C too: the others wait
+        except BaseException as raised:                # Ctrl-C too: the other ranks are waiting
             error = raised
-    everyone = gathered(ranks, None if error is None else getattr(error, "status", 1))
+    everyone = gather(ranks, None if error is None else getattr(error, "status", 1))
     if error is not None:
         raise error
     if failed := [status for status in everyone if status is not None]:
@@ -174,25 +176,26 @@ def together(ranks, function, here):
     return result
 
 
-def on_first(ranks, function):
-    """What function() gives on the first process, on all of them: a plain object or CPU tensors. Raises as together."""
+def on_rank_0(ranks: Ranks, function: Callable):
+    """Calls function() on rank 0 and returns its result, a plain object or CPU tensors, on all ranks."""
     if ranks.size == 1:
         return function()
-    box = [together(ranks, function, ranks.first)]
-    dist.broadcast_object_list(box, src=0, group=ranks.talk)
+    box = [on_some_ranks(ranks, function, ranks.is_first)]
+    dist.broadcast_object_list(box, src=0, group=ranks.group)
     return box[0]
 
 
-def in_turn(ranks, function):
-    """function() on the first process of each machine, and when they are done, on the others. Raises as together."""
+def once_per_machine_first(ranks: Ranks, function: Callable):
+    """Returns function(), called on one rank of each machine and, when those have finished, on the others."""
     first = ranks.local_rank == 0
-    result = together(ranks, function, first)
+    result = on_some_ranks(ranks, function, first)
     return result if first else function()
 
 
-def check_equal(ranks, thing, what):
-    """Raises RankError where a plain value, such as a check sum, is not the same on all processes."""
-    everyone = gathered(ranks, thing)
+def check_equal(ranks: Ranks, value, description: str) -> None:
+    """Raises RankError if a plain value, such as a checksum, differs between ranks."""
+    everyone = gather(ranks, value)
     others = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
     if others:
-        raise RankError(f"rank {', '.join(map(str, others))} and rank 0 differ in {what}" if ranks.first else "")
+        raise RankError(f"rank {', '.join(map(str, others))} and rank 0 differ in {description}"
+                        if ranks.is_first else "")

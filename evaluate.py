@@ -114,7 +114,7 @@ def generate(generator, latent_dim, count, seed, batch_size=32, share=(0, 1)):
     return torch.cat([data.to_uint8(generator(part.to(device))).cpu() for part in bar(z.split(batch_size), "pictures")])
 
 
-def some(image_set, count, seed=0):
+def sample_images(image_set, count, seed=0):
     """`count` images of the training split (all where it holds fewer), chosen by seed: uint8 (count, C, H, W)."""
     return data.read_batch(image_set, image_set.train[_order(image_set.train, seed)[:count]], None)
 
@@ -278,8 +278,8 @@ def start(argv):
     else:
         extractor = extractors.choose(arguments.extractor, device, c.IMAGE_SIZE)
     image_set = data.load_images_of_run(arguments.data, c)
-    real = some(image_set, arguments.count)
-    folder = None if generator else some(data.load_images_of_run(arguments.path, c), arguments.count)
+    real = sample_images(image_set, arguments.count)
+    folder = None if generator else sample_images(data.load_images_of_run(arguments.path, c), arguments.count)
     for path, images in ((arguments.data, real), (arguments.path, folder)):
         if images is not None and len(images) < LEAST:
             raise InputError(f"{path}: {len(images)} images to compare, give a folder of {LEAST} or more")

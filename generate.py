@@ -202,7 +202,7 @@ def strengths_sheet(generator, rows, strengths, names=("",)):
 def write_direction(generator, c, arguments):
     """--direction DIR_A DIR_B: what sets the pictures of B apart from those of A, given to photos, or to random
     pictures, at several strengths; the photos themselves at the left."""
-    a, b = (latent_space.encode_some(generator.vae, data.load_images_of_run(folder, c)).mean(0)
+    a, b = (latent_space.encode_sample(generator.vae, data.load_images_of_run(folder, c)).mean(0)
             for folder in arguments.direction)
     way = b - a
     if arguments.photos:
@@ -226,7 +226,7 @@ def write_directions(generator, c, arguments):
         if not c.DATA or not Path(c.DATA).is_dir():
             raise InputError(f"{arguments.run}: holds no principal axes, and its images are not at "
                              f"{c.DATA or 'hand (the demo set)'}: let training.py come to its end, which writes them")
-        axes = latent_space.principal_axes(latent_space.encode_some(
+        axes = latent_space.principal_axes(latent_space.encode_sample(
             generator.vae, data.load_images_of_run(c.DATA, c)))
     count = len(axes["axes"])
     if arguments.directions > count:

@@ -55,7 +55,7 @@ def encode(vae, arrays, batch_size=16):
     return torch.cat([vae.encode(data.to_image(part.to(device)))[0].cpu() for part in parts])
 
 
-def encode_some(vae, image_set, count=2048):
+def encode_sample(vae, image_set, count=2048):
     """mu (N, LATENT_DIM) of `count` pictures of the training split, always the same ones; of all where it has fewer."""
     order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
     return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])

@@ -55,7 +55,7 @@ def write_samples(state, c, image_set, folder):
     pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
 
 
-def say(line):
+def print_line(line):
     """Prints a line above the progress bar, at once also where the output is a file."""
     tqdm.write(line)
     sys.stdout.flush()
@@ -103,7 +103,7 @@ class Log:
         self.write({**state.counters, **finite, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
         if skipped.bit_count() == 1:             # in full at first, then less and less often
-            say(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
+            print_line(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
                 + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         self.say_symptoms(step, values)
         self.show(step, values, speed, now)
@@ -116,7 +116,7 @@ class Log:
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                say(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
+                print_line(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
             self.disk_full = True
             with contextlib.suppress(OSError):
                 self.file.close()                # with what could not be written
@@ -131,14 +131,14 @@ class Log:
         for name, text in found.items():
             self.symptom_lines[name] = self.symptom_lines.get(name, 0) + 1
             if self.symptom_lines[name] == SYMPTOM_LINES:
-                say(f"step {step}: {text}")
+                print_line(f"step {step}: {text}")
 
     def say_duration(self, step, now):
         """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
         if step == self.first_step + 1:
             self.first_step_done = now
         elif step == self.first_step + 11:
-            say(duration_line(self.c, (now - self.first_step_done) / 10, step))
+            print_line(duration_line(self.c, (now - self.first_step_done) / 10, step))
 
     def show(self, step, values, speed, now):
         names = {"D": "critic_loss", "gap": "score_gap", "norm": "gradient_norm", "W": "wasserstein",

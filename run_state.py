@@ -1,0 +1,295 @@
+"""The state of a run, and its life on disk: saving, resuming, starting from another run's weights, rollback."""
+
+import copy
+import errno
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import checkpoints
+import command_line
+import distributed
+import model_definitions
+import random_keys
+from errors import InputError, RunError
+from run_log import print_line
+
+FUSED_ADAM = ("cpu", "cuda")   # devices on which fused Adam takes the finite-gradient verdict as a tensor
+
+# Constants that determine the shapes of the weights: a run cannot resume with other values.
+SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH",
+         "TRANSFORMER_DIM", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+
+
+# ------------------------------------------------------------------------------------- state
+
+@dataclass
+class State:
+    """Everything that changes during training, and everything that a checkpoint holds."""
+    generator: model_definitions.Generator
+    critic: model_definitions.Discriminator
+    ema: model_definitions.Generator
+    generator_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    device: torch.device
+    ranks: distributed.Ranks
+    skipped: torch.Tensor                       # updates not applied, counted on the device (update.apply_if_finite)
+    graphs: dict = field(default_factory=dict)  # recorded CUDA graphs (update.run_recorded)
+    counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
+                                                    "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
+
+    PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
+
+    def state_dict(self) -> dict:
+        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": dict(self.counters)}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        for optimizer in (self.generator_optimizer, self.critic_optimizer):  # the file may come from another device
+            for group in optimizer.param_groups:
+                group.update(fused=optimizer.defaults["fused"], capturable=optimizer.defaults["capturable"])
+        self.graphs.clear()                      # they hold the addresses of Adam's old averages
+        self.counters.update(saved["counters"])
+        self.skipped.fill_(self.counters["skipped_updates"])
+
+    def rng(self, c, purpose: str, critic_update: int = 0) -> torch.Generator:
+        """Returns the torch.Generator of one purpose in the current step and critic update."""
+        counters = self.counters
+        return random_keys.torch_generator(c.SEED, purpose, counters["rollbacks"], counters["step"], critic_update)
+
+    def count_skipped(self) -> None:
+        """Updates the counters of skipped updates after a step. Waits for the device."""
+        before, self.counters["skipped_updates"] = self.counters["skipped_updates"], int(self.skipped)
+        skipped = self.counters["skipped_updates"] > before
+        self.counters["skipped_in_a_row"] = self.counters["skipped_in_a_row"] + 1 if skipped else 0
+
+    def set_learning_rates(self, c) -> None:
+        """Sets the constants' learning rates, times lr_scale, which rollbacks reduce."""
+        self.graphs.clear()                      # they hold the old rates
+        for optimizer, rates in ((self.generator_optimizer, generator_rates(c)),
+                                 (self.critic_optimizer, [c.CRITIC_LEARNING_RATE])):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group.update(lr=rate * self.counters["lr_scale"], betas=(c.BETA_1, c.BETA_2))
+
+    def checksum(self) -> int:
+        """Returns the CRC-32 of all weights, which must be equal on all ranks; 0 with a single process."""
+        if self.ranks.size == 1:
+            return 0
+        parameters = [*self.generator.parameters(), *self.critic.parameters()]
+        return zlib.crc32(torch.cat([p.detach().flatten() for p in parameters]).cpu().numpy())
+
+
+def generator_rates(c: SimpleNamespace) -> tuple[float, float]:
+    """Returns the learning rates of the VAE and of the layer."""
+    return c.LEARNING_RATE, c.LEARNING_RATE * c.LAYER_RATE
+
+
+def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks = distributed.SINGLE) -> State:
+    """Returns networks and optimizers at step 0, a function of SEED. torch's global generator is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
+        generator, critic = model_definitions.build(c)
+    generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
+    generator.layer.to_tokens.to(memory_format=torch.contiguous_format)    # rearranged in each step; twice as fast so
+    ema = copy.deepcopy(generator).requires_grad_(False)
+
+    def adam(models, rates):                 # fused: twice as fast as the default, on the CPU too
+        groups = [{"params": model.parameters(), "lr": rate} for model, rate in zip(models, rates)]
+        return torch.optim.Adam(groups, betas=(c.BETA_1, c.BETA_2), fused=device.type in FUSED_ADAM,
+                                capturable=device.type == "cuda")
+
+    return State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
+                 adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
+                 torch.zeros((), dtype=torch.int64, device=device))
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.device,
+                    ranks: distributed.Ranks) -> State:
+    """Returns the state of the run's newest checkpoint, or a new one. Only rank 0 reads files. given: the names of the
+    constants that were given as flags. Raises InputError."""
+    state, folder = new_state(c, device, ranks), Path(c.RUNS_DIR) / c.RUN
+
+    def find():
+        found = checkpoints.newest(folder / "checkpoints", set_aside=True)
+        if found is None:
+            return initial_weights(c) if c.INIT_FROM else None
+        check_constants(c, given, found[1]["constants"])
+        return found
+
+    found = distributed.on_rank_0(ranks, find)
+    if found is None:
+        return state
+    file, saved = found
+    if "constants" not in saved:                 # the weights of INIT_FROM
+        load_weights(state, file, saved)
+        return state
+    load(state, file, saved)
+    counters, before = state.counters, saved["constants"]
+    print(f"continuing {folder} at step {counters['step']} from {file.name}")
+    if counters["lr_scale"] != 1:
+        if any(before.get(name) != getattr(c, name) for name in ("LEARNING_RATE", "CRITIC_LEARNING_RATE")):
+            counters["lr_scale"] = 1.0           # new rates apply as they are given
+        print(f"after {counters['rollbacks']} rollbacks (of {c.MAX_ROLLBACKS}) the learning rates are "
+              f"{counters['lr_scale']:g} of LEARNING_RATE and CRITIC_LEARNING_RATE")
+    state.set_learning_rates(c)
+    return state
+
+
+def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
+    """Raises InputError if a run was made with other sizes or another folder. Prints what else has changed."""
+    for name in SIZES:
+        if saved.get(name) != getattr(c, name):
+            raise InputError(f"run {c.RUN} was made with {name} {saved.get(name)}, not {getattr(c, name)}: give "
+                             f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
+    if "RUN" not in given and saved.get("DATA") != c.DATA:
+        raise InputError(f"run {c.RUN} was made from {saved.get('DATA') or 'the demo set'}, not "
+                         f"{c.DATA or 'the demo set'}: give --run NEWNAME")
+    for name, old in saved.items():
+        new = getattr(c, name, None)
+        if new is not None and new != old and name not in ("RUNS_DIR", "INIT_FROM"):
+            print(f"{name} is now {new}, was {old}")
+
+
+def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
+    """Returns the file of INIT_FROM and {part of the state: weights}: the averaged generator, and the critic if the
+    file has one. Raises InputError."""
+    file, saved = checkpoints.find(c.INIT_FROM)
+    others = [name for name in SIZES if saved["constants"].get(name) != getattr(c, name)]
+    if others:
+        fitting = " ".join(command_line.as_given(name, saved["constants"].get(name)) for name in others)
+        raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
+    return file, {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))
+                  if source in saved}
+
+
+def load_weights(state: State, file: Path, weights: dict) -> None:
+    """Loads the weights of a file into a new run's networks. Raises InputError if its networks differ."""
+    try:
+        for part in weights:
+            getattr(state, part).load_state_dict(weights[part])
+    except RuntimeError as error:
+        raise InputError(f"{file}: its networks differ from this version's ({str(error).splitlines()[0]}): use a file "
+                         "of this version") from None
+    print(f"starting from {file}" + ("" if "critic" in weights else ", with a new critic: the file has none"))
+
+
+def load(state: State, file: Path, saved: dict) -> None:
+    """Loads a checkpoint into the state. Raises InputError if its networks differ."""
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise InputError(f"{file}: its networks differ from this version's ({str(error).splitlines()[0]}): use the "
+                         "version that wrote the file, or --run NEWNAME for a new run") from None
+
+
+# ------------------------------------------------------------------------------------- saving
+
+class Saver:
+    """Writes a run's checkpoints on rank 0: every CHECKPOINT_EVERY steps, every CHECKPOINT_MINUTES, and on request.
+
+    While the newest step was skipped, no regular checkpoint is written, so every regular one is good. On a full disk
+    the old files stay, training goes on, and the Saver tries again after RETRY_SECONDS.
+    """
+
+    RETRY_SECONDS = 60
+    PATIENCE_SECONDS = 600                       # at the end of a run, if the disk is full
+
+    def __init__(self, state: State, c: SimpleNamespace, folder: Path):
+        self.state, self.c, self.folder, self.saved_step = state, c, folder / "checkpoints", state.counters["step"]
+        self.wait(60 * c.CHECKPOINT_MINUTES)
+
+    def wait(self, seconds: float) -> None:
+        self.next_time = time.monotonic() + seconds
+
+    def due(self) -> bool:
+        """Returns, after each step, whether it is time to save."""
+        counters = self.state.counters
+        if counters["step"] % self.c.CHECKPOINT_EVERY == 0:
+            self.wait(0)
+        return time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]
+
+    def save(self, **more) -> Path | None:
+        """Saves now, with `more` beside the state. Returns the file, or None if it cannot be written."""
+        counters = self.state.counters
+        try:
+            file = checkpoints.save(self.folder, {**self.contents(), **more}, counters["step"],
+                                    sound=not counters["skipped_in_a_row"])
+        except OSError as error:
+            if counters["step"] == 0:
+                raise InputError(f"{self.folder}: cannot write checkpoints ({error.strerror}): {advice(error)}, or "
+                                 "give another --runs-dir") from None
+            print_line(f"step {counters['step']}: cannot write the checkpoint ({error.strerror}); the earlier ones "
+                       f"stay. Trying again later: {advice(error)} of {self.folder}")
+            self.wait(self.RETRY_SECONDS)
+            return None
+        self.wait(60 * self.c.CHECKPOINT_MINUTES)
+        self.saved_step = counters["step"]
+        return file
+
+    def save_last(self, stop, **more) -> Path | None:
+        """Saves at the end of a run; on a full disk tries for PATIENCE_SECONDS, or until stop.number is set by a
+        signal. Returns the file or None."""
+        end = time.monotonic() + (0 if stop.number else self.PATIENCE_SECONDS)
+        while (file := self.save(**more)) is None and time.monotonic() < end and stop.number is None:
+            print_line(f"waiting up to {self.PATIENCE_SECONDS / 60:.0f} minutes for space; Ctrl-C gives up")
+            for _ in range(self.RETRY_SECONDS):
+                if stop.number is None:
+                    time.sleep(1)
+        if file is None:
+            print_line(f"the steps from {self.saved_step} to {self.state.counters['step']} are lost")
+        return file
+
+    def save_best(self) -> None:
+        """Saves as best.pt, which only a better score replaces."""
+        try:
+            checkpoints.save_as(self.folder / "best.pt", self.contents())
+        except OSError as error:
+            print_line(f"step {self.state.counters['step']}: cannot write best.pt ({error.strerror}); training goes on")
+
+    def contents(self) -> dict:
+        return {**self.state.state_dict(), "constants": dict(vars(self.c))}
+
+
+def advice(error: OSError) -> str:
+    """Returns what a user can do about a failed write."""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    return "make room on the disk" if full else "check the permissions"
+
+
+def roll_back(state: State, c: SimpleNamespace, saver: Saver, log) -> None:
+    """Returns to the last good checkpoint, with half the learning rates and new random draws, and saves at once.
+
+    Raises RunError after MAX_ROLLBACKS.
+    """
+    counters, ranks = state.counters, state.ranks
+    lost, rollbacks = counters["step"], counters["rollbacks"]
+
+    def find():
+        found = checkpoints.newest(saver.folder, sound=True)
+        if rollbacks < c.MAX_ROLLBACKS and found is not None:
+            return found
+        continue_with = (f"{found[0]} is the last good checkpoint. The same command continues from it with" if found
+                         else "there is no good checkpoint to return to. Start a new --run with")
+        rates = [counters["lr_scale"] * rate / 2 for rate in (c.LEARNING_RATE, c.CRITIC_LEARNING_RATE)]
+        raise RunError(f"the last {counters['skipped_in_a_row']} updates up to step {lost} are not finite, after "
+                       f"{rollbacks} rollbacks: {continue_with} --learning-rate {rates[0]:.3g} --critic-learning-rate "
+                       f"{rates[1]:.3g} --max-rollbacks {rollbacks + 3}; metrics.jsonl has the values")
+
+    load(state, *distributed.on_rank_0(ranks, find))
+    counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
+    state.set_learning_rates(c)
+    if ranks.is_first:
+        checkpoints.delete_unsound(saver.folder)     # first: a kill between the two lines repeats the rollback
+        saver.save()
+    log.back_to(counters["step"])
+    print_line(f"step {lost}: {c.NAN_PATIENCE} updates in a row were not finite; back to step {counters['step']} "
+               f"with {counters['lr_scale']:g} of the learning rates (rollback {counters['rollbacks']} of "
+               f"{c.MAX_ROLLBACKS})")
