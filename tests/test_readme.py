@@ -1,6 +1,8 @@
 """README.md and docs/: what they show runs, and what they name exists."""
 
+import contextlib
 import importlib
+import io
 import re
 import subprocess
 import sys
@@ -16,8 +18,8 @@ LINK = re.compile(r'\]\(([^)\s]+)\)|src="([^"]+)"')
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Flags of other programs: pip, torchrun, sbatch.
 FOREIGN = {"--no-deps", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
-           "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node",
-           "--cpus-per-task", "--time", "--signal", "--dependency"}
+           "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node",
+           "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--dependency"}
 
 
 def code(page):
@@ -42,8 +44,9 @@ def flags_of():
         if script not in found and "/" in script:
             found[script] = set(FLAG.findall((ROOT / script).read_text()))
         elif script not in found:
-            command = [sys.executable, str(ROOT / script), "--help"]
-            found[script] = set(FLAG.findall(subprocess.run(command, capture_output=True, text=True).stdout))
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+                importlib.import_module(script.removesuffix(".py")).main(["--help"])
+            found[script] = set(FLAG.findall(out.getvalue()))
         return found[script]
     return flags
 
