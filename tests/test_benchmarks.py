@@ -26,7 +26,7 @@ import training_step
 def run(capsys):
     """run(script, *flags) calls a benchmark's main(); returns the exit status, standard output and error."""
     def call(script, *flags):
-        file = Path(step.__file__).with_name(script)
+        file = Path(step.__file__).parent / script
         spec = importlib.util.spec_from_file_location(f"benchmark_{file.stem}", file)   # distributed.py exists twice
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
