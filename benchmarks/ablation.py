@@ -247,7 +247,7 @@ def at_steps(cell: list[dict], steps: float) -> dict:
 
 
 def differences(rows: list[dict], set_name: str) -> dict[str, list[float]]:
-    """Returns {layer: its Frechet distances minus the Transformer's of the same seed}; above 0: worse than that."""
+    """Returns {layer: its Frechet distances minus the Transformer's of the same seeds}; above 0 the layer is worse."""
     numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows if row["set"] == set_name}
     found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
                     if other == name and ("transformer", seed) in numbers]
