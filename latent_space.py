@@ -60,8 +60,7 @@ def encode(vae: VAE, arrays: Sequence[np.ndarray], batch_size: int = 16) -> Tens
 
 
 def encode_sample(vae: VAE, image_set: data.ImageSet, count: int = 2048) -> Tensor:
-    """Returns mu (N, LATENT_DIM) of `count` random training images, the same at each call, or of all if there are fewer.
-    """
+    """Returns mu (N, LATENT_DIM) of `count` random training images, the same ones at each call, or of all."""
     order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
     return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])
 
