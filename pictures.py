@@ -207,10 +207,11 @@ def save_animation(file: str | Path, frames: Iterable[np.ndarray], fps: float, l
     images = _frame_images(file, frames, fps, FPS_LIMIT)
     if suffix == ".gif":
         images = _gif_frames(images, fps)
+    first = next(images)
+    if suffix == ".gif":
         options = {"loop": 0} if loop else {}
     else:
         options = {"loop": 0 if loop else 1, "duration": 1000 / fps, "quality": 90, "method": 4}
-    first = next(images)
     with atomic_write(file) as handle:
         first.save(handle, format=suffix[1:].upper(), save_all=True, append_images=images, **options)
 
