@@ -239,77 +239,78 @@ def map_alpha(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
 
 # ------------------------------------------------------------------------------------- videos
 
-def video_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int, bool]:
-    """Returns the frames of --video, uint8 (H, W, 3), computed when they are asked for; their number; whether they
-    loop."""
-    if flags.mode == "progress":
-        return progress_frames(flags.run)
-    if flags.mode == "synthetic":
-        return synthetic_frames(generator, c, flags.seed), c.NUM_FRAMES, False
+def make_video(generator: Generator, c: SimpleNamespace, flags: Namespace) -> None:
+    """--video FILE: writes the video and prints how it moves."""
+    fps, loop = flags.fps, flags.loop
+    if flags.mode in ("progress", "synthetic"):
+        frames, count = progress_frames(flags.run) if flags.mode == "progress" else synthetic_frames(generator, flags)
+        fps, loop = min(fps, max(1, count / flags.seconds)), False           # a fixed number of frames over --seconds
+    else:
+        frames, count = path_frames(generator, c, flags)
+    motion = Motion()
+    pictures.save_video(flags.video, motion.watch(bar(frames, count, "frame"), loop), fps, flags.loop)
+    print(motion.line())
+
+
+# Each of the following functions returns frames, uint8 (H, W, 3), computed when they are asked for, and their number.
+
+def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
+    """--mode walk, keyframes, feedback: a path in latent space."""
     if flags.mode == "keyframes":
         _, photos = read_photos(flags.photos, c)
         if len(photos) < 2:
-            raise InputError(f"--mode keyframes got {len(photos)} photos: must be two or more")
+            raise InputError(f"--mode keyframes got {len(photos)} photo: must be two or more")
         keyframes = latent_space.encode(generator.vae, photos)
     else:
         keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, c.LATENT_DIM)
     count = max(2, round(flags.seconds * flags.fps))
     z = latent_space.walk(keyframes, count, flags.loop)
-    images = feedback_images(generator, c, z, flags.loop) if flags.mode == "feedback" else render(generator, z)
-    return (pictures.grid([image]) for image in images), count, flags.loop
+    images = feedback_images(generator, z, flags.loop) if flags.mode == "feedback" else render(generator, z)
+    return (pictures.grid([image]) for image in images), count
 
 
 @torch.inference_mode()
-def feedback_images(generator: Generator, c: SimpleNamespace, z: Tensor, loop: bool) -> Iterator[np.ndarray]:
+def feedback_images(generator: Generator, z: Tensor, loop: bool) -> Iterator[np.ndarray]:
     """Yields the image of each z (N, LATENT_DIM) from Generator.feedback, uint8 (H, W, C).
 
-    A loop starts with its last T-1 images, unseen, so that its first image has the same earlier images as after a
-    whole round.
+    A loop first runs through its last T-1 frames without yielding them, so that the frames before its first frame are
+    those at its end.
     """
-    unseen = min(len(z), c.NUM_FRAMES - 1) if loop else 0
-    z = on_device(generator, torch.cat([z[len(z) - unseen:], z]))
+    lead = min(len(z), generator.layer.video.num_frames - 1) if loop else 0
+    z = on_device(generator, torch.cat([z[len(z) - lead:], z]))
     for i, (image, _) in enumerate(generator.feedback(z)):
-        if i >= unseen:
+        if i >= lead:
             yield data.to_arrays(image)[0]
 
 
 @torch.inference_mode()
-def synthetic_frames(generator: Generator, c: SimpleNamespace, seed: int) -> Iterator[np.ndarray]:
-    """Yields the frames of training's synthetic video of four images: left as the decoder made them, modified; right
-    the same through the layer."""
+def synthetic_frames(generator: Generator, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
+    """--mode synthetic: training's synthetic video of four images. Left the modified output of the decoder, right the
+    same through the layer."""
     layer = generator.layer
-    x = generator.vae.decode(on_device(generator, latent_space.draw_z(seed, 0, 4, c.LATENT_DIM)))
-    changes = layer.video.draw(random_keys.torch_generator(seed, "generate", 0)).to(x)
-    for frame in layer.video(x, changes).clamp(0, 1).chunk(c.NUM_FRAMES, dim=1):
-        parts = [pictures.stack([pictures.grid(data.to_arrays(part))], [label])
-                 for part, label in ((frame * 2 - 1, "from the decoder"), (layer(frame), "through the layer"))]
-        yield pictures.beside(*parts)
+    x = generator.vae.decode(on_device(generator, latent_space.draw_z(flags.seed, 0, 4, generator.vae.latent_dim)))
+    changes = layer.video.draw(random_keys.torch_generator(flags.seed, "generate", 0)).to(x)
+    frames = layer.video(x, changes).clamp(0, 1).chunk(layer.video.num_frames, dim=1)
+
+    def sheet(frame):
+        return pictures.beside(*(
+            pictures.stack([pictures.grid(data.to_arrays(image))], [label])
+            for image, label in ((frame * 2 - 1, "from the decoder"), (layer(frame), "through the layer"))))
+    return map(sheet, frames), len(frames)
 
 
-def progress_frames(run: str) -> tuple[Iterator[np.ndarray], int, bool]:
-    """As video_frames: the sheets of generated images that training wrote, oldest first, each below its step."""
+def progress_frames(run: str) -> tuple[Iterator[np.ndarray], int]:
+    """--mode progress: the sheets of generated images that training wrote, oldest first, each below its step."""
     folder = Path(run) / "samples"
     files = sorted(folder.glob("step_*_generated.png"))
     if len(files) < 2:
         raise InputError(f"{run}: --mode progress needs two or more samples of a run, and found {len(files)} in "
                          f"{folder}")
 
-    def frames():
-        for file in files:
-            with Image.open(file) as sheet:
-                yield pictures.stack([np.array(sheet.convert("RGB"))], [f"step {int(file.name.split('_')[1]):,}"])
-    return frames(), len(files), False
-
-
-def make_video(generator: Generator, c: SimpleNamespace, flags: Namespace) -> None:
-    """--video FILE: writes the video and prints how it moves."""
-    motion = Motion()
-    frames, count, loop = video_frames(generator, c, flags)
-    fps = flags.fps
-    if flags.mode in ("progress", "synthetic"):            # their number of frames is fixed: spread over --seconds
-        fps = min(fps, max(1, count / flags.seconds))
-    pictures.save_video(flags.video, motion.watch(bar(frames, count, "frame"), loop), fps, flags.loop)
-    print(motion.line())
+    def sheet(file):
+        with Image.open(file) as image:
+            return pictures.stack([np.array(image.convert("RGB"))], [f"step {int(file.name.split('_')[1]):,}"])
+    return map(sheet, files), len(files)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -350,29 +351,20 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     flags = make_parser().parse_args(argv)
     if flags.seed < 0:
         raise InputError(f"--seed {flags.seed} is invalid: must be 0 or more")
-    if not any(getattr(flags, name) for name in (*SHEETS, "video")):
-        raise InputError("nothing to do: must have one of "
-                         + ", ".join(command_line.flag(name) for name in (*SHEETS, "video")))
+    outputs = (*SHEETS, "video")
+    if not any(getattr(flags, name) for name in outputs):
+        raise InputError("nothing to do: must have one of " + ", ".join(map(command_line.flag, outputs)))
     if flags.video:
-        check_video(flags)
+        pictures.check_video(flags.video, flags.fps)
+        if flags.mode == "keyframes" and not flags.photos:
+            raise InputError("--mode keyframes needs --photos PHOTO PHOTO ...")
+        if flags.mode in ("walk", "feedback") and flags.keyframes < 2:
+            raise InputError(f"--keyframes {flags.keyframes} is invalid: must be 2 or more")
     if flags.photos and not flags.direction and not (flags.video and flags.mode == "keyframes"):
         raise InputError("--photos is only for --direction and for --video with --mode keyframes")
     run = Path(flags.run)
     flags.out = flags.out or (run if run.is_dir() else run.parent) / "generated"
     return flags
-
-
-def check_video(flags: Namespace) -> None:
-    """Raises InputError for flags of a video that cannot be written."""
-    if (problem := pictures.missing_for(flags.video)) is not None:
-        raise InputError(f"--video {flags.video} is invalid: {problem}")
-    limit = pictures.FPS_LIMIT if flags.video.suffix.lower() in pictures.SUFFIXES else pictures.MP4_FPS_LIMIT
-    if not 1 <= flags.fps <= limit:
-        raise InputError(f"--fps {flags.fps:g} is invalid: must be 1 to {limit}")
-    if flags.mode == "keyframes" and not flags.photos:
-        raise InputError("--mode keyframes needs --photos PHOTO PHOTO ...")
-    if flags.mode in ("walk", "feedback") and flags.keyframes < 2:
-        raise InputError(f"--keyframes {flags.keyframes} is invalid: must be 2 or more")
 
 
 def start(argv: Sequence[str] | None) -> None:

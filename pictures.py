@@ -7,7 +7,7 @@ are grey, so that a sheet looks the same on a dark page and on a light one.
 import itertools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,7 +28,6 @@ HEAT_ANCHORS = ((18, 16, 54), (73, 35, 125), (162, 54, 141), (234, 98, 103), (25
 NOT_A_NUMBER = (0, 255, 255)    # a colour outside the map
 
 SUFFIXES = (".gif", ".webp")    # of animations
-VIDEO_SUFFIXES = (".mp4", *SUFFIXES)
 FPS_LIMIT = 50                  # of animations: browsers show frames shorter than 20 ms at 10 fps
 MP4_FPS_LIMIT = 120             # more than a screen shows
 KMEANS_PIXELS = 2 ** 17         # k-means refines the palettes of GIF frames up to this size; it takes 0.2 s for each
@@ -162,56 +161,56 @@ def save_picture(file: str | Path, picture: np.ndarray) -> None:
         image.save(handle, format=suffix[1:].upper(), quality=95)
 
 
-def missing_for(file: str | Path) -> str | None:
-    """Returns the reason why save_video cannot write `file`, or None."""
+def check_video(file: str | Path, fps: float) -> None:
+    """Raises InputError if save_video cannot write `file`: another suffix, an existing folder, no PyAV for an mp4, or
+    fps out of range."""
     suffix = Path(file).suffix.lower()
-    if suffix not in ("", *VIDEO_SUFFIXES):
-        return f"must end with {', '.join(VIDEO_SUFFIXES)}, or be the name of a new folder"
+    if suffix not in ("", ".mp4", *SUFFIXES):
+        raise InputError(f"{file} is invalid: must end with .mp4, {' or '.join(SUFFIXES)}, or be a new folder")
+    if suffix == "" and Path(file).exists():
+        raise InputError(f"{file} exists already: must be a new folder")
     if suffix == ".mp4":
         try:
             import av  # noqa: F401  optional: requirements-extras.txt
         except (ImportError, OSError) as error:          # not installed, or one of its libraries is missing
-            return (f"an mp4 needs PyAV, and {str(error).splitlines()[0]}: pip install av, or use a name that ends "
-                    "with .webp or .gif")
-    if suffix == "" and Path(file).exists():
-        return "the folder exists already: must be the name of a new folder"
-    return None
+            raise InputError(f"{file} needs PyAV, and {str(error).splitlines()[0]}: pip install av, or use .webp or "
+                             ".gif") from None
+    limit = FPS_LIMIT if suffix in SUFFIXES else MP4_FPS_LIMIT
+    if not 1 <= fps <= limit:
+        raise InputError(f"{fps:g} frames per second is invalid for {file}: must be 1 to {limit}")
 
 
 def save_video(file: str | Path, frames: Iterable[np.ndarray], fps: float, loop: bool = True) -> None:
     """Writes frames as mp4, GIF or WebP, by the suffix, or without a suffix as a new folder of PNG files, atomically.
 
     frames: uint8 (H, W, 3) of one size; an mp4 and a folder take them one at a time, so that memory does not grow with
-    the length. fps: 1 to 50, an mp4's up to 120. loop: False makes a GIF or WebP play once; in an mp4 and a folder the
-    player decides. Raises InputError for a name that missing_for refuses, and as save_animation.
+    the length. fps: 1 to 50, or 120 for mp4. loop: False makes a GIF or WebP play once; in an mp4 and a folder the
+    player decides. Raises InputError as check_video, and for frames of different sizes; OSError if the file cannot be
+    written.
     """
-    problem, suffix = missing_for(file), Path(file).suffix.lower()
-    if problem:
-        raise InputError(f"{file} is invalid: {problem}")
+    check_video(file, fps)
+    suffix = Path(file).suffix.lower()
     if suffix in SUFFIXES:
         save_animation(file, frames, fps, loop)
     elif suffix == ".mp4":
-        _save_mp4(file, _frame_images(file, frames, fps, MP4_FPS_LIMIT), fps)
+        _save_mp4(file, _frame_images(file, frames), fps)
     else:
-        _save_frames(Path(file), _frame_images(file, frames, fps, MP4_FPS_LIMIT))
+        _save_frames(Path(file), _frame_images(file, frames))
 
 
 def save_animation(file: str | Path, frames: Iterable[np.ndarray], fps: float, loop: bool = True) -> None:
     """Writes frames, uint8 (H, W, 3) of one size, as an animated GIF or WebP, by the suffix, atomically.
 
     A GIF keeps one byte per pixel of every frame in memory, a WebP three. fps: 1 to 50, kept on average, because a
-    GIF's durations are multiples of 10 ms. loop: False plays once. Raises InputError for fps out of range, no frame, or
-    frames of different sizes; OSError if the file cannot be written.
+    GIF's durations are multiples of 10 ms. loop: False plays once. Raises as save_video.
     """
-    suffix = Path(file).suffix.lower()
-    images = _frame_images(file, frames, fps, FPS_LIMIT)
+    suffix, images = Path(file).suffix.lower(), _frame_images(file, frames)
     if suffix == ".gif":
         images = _gif_frames(images, fps)
-    first = next(images)
-    if suffix == ".gif":
         options = {"loop": 0} if loop else {}
     else:
         options = {"loop": 0 if loop else 1, "duration": 1000 / fps, "quality": 90, "method": 4}
+    first = next(images)
     with atomic_write(file) as handle:
         first.save(handle, format=suffix[1:].upper(), save_all=True, append_images=images, **options)
 
@@ -245,20 +244,18 @@ def _save_frames(folder, images):
         raise
 
 
-def _frame_images(file, frames, fps, fps_limit) -> Iterator[Image.Image]:
-    """Yields the frames as Pillow images. Raises InputError for fps out of range, no frame, or a frame that differs in
-    size from the first."""
-    if not 1 <= fps <= fps_limit:
-        raise InputError(f"{file}: {fps} frames per second is invalid: must be 1 to {fps_limit}")
+def _frame_images(file, frames):
+    """Yields the frames as Pillow images. Raises InputError for no frame, or one that differs in size from the first.
+    """
     shape = None
     for number, frame in enumerate(frames):
         shape = shape or frame.shape
         if frame.shape != shape:
-            raise InputError(f"{file}: frame {number} is {frame.shape}, but the first one is {shape}: all frames must "
-                             "have one size")
+            raise InputError(f"{file}: frame {number} is {frame.shape}, but the first one is {shape}: must have one "
+                             "size")
         yield Image.fromarray(frame)
     if shape is None:
-        raise InputError(f"{file}: a video needs at least one frame")
+        raise InputError(f"{file}: must have at least one frame")
 
 
 def _gif_frames(images, fps):
