@@ -266,6 +266,6 @@ def _gif_frames(images, fps):
     """
     for number, image in enumerate(images):
         kmeans = 1 if image.width * image.height <= KMEANS_PIXELS else 0
-        image = image.quantize(256, Image.Quantize.MEDIANCUT, kmeans, dither=Image.Dither.NONE)
+        image = image.quantize(256, Image.Quantize.MEDIANCUT, kmeans)          # does not dither without a palette
         image.info["duration"] = 10 * (round(100 * (number + 1) / fps) - round(100 * number / fps))    # ms
         yield image

@@ -1,12 +1,13 @@
 import json
-import multiprocessing
 import os
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+import checkpoints
 import demo_images
 from demo_images import draw, factors, make
 from errors import InputError
@@ -142,10 +143,15 @@ def test_a_failed_write_leaves_no_partial_image(tmp_path, monkeypatch):
     assert len(images_in(make(folder, count=9, size=16))) == 9 and not list(tmp_path.rglob("*.part"))
 
 
-def test_two_processes_draw_a_set_once(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.starmap(make, [(tmp_path / "set", 40, 32)] * 2)
-    assert images_in(tmp_path / "set") == images_in(make(tmp_path / "alone", count=40, size=32))
+def test_a_second_process_waits_for_the_first(tmp_path, monkeypatch):
+    drawn, waiting = stop_after(1000, monkeypatch), threading.Event()
+    monkeypatch.setattr(demo_images, "print", lambda line: waiting.set(), raising=False)
+    second = threading.Thread(target=make, args=(tmp_path / "set", 3, 16))
+    with checkpoints.lock(tmp_path / "set", pytest.fail):
+        second.start()
+        assert waiting.wait(20) and drawn == []
+    second.join()
+    assert drawn == [0, 1, 2]
 
 
 @pytest.mark.parametrize("change", [{"count": 12}, {"size": 24}, {"seed": 1}])

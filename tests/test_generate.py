@@ -254,6 +254,16 @@ def test_principal_axes_are_shown_at_their_strengths_stored_or_computed_again(ru
     assert sheets[0].shape[0] == 3 * (22 + 32) and (sheets[0][-32:, :32] != sheets[0][-32:, 6 * 34:][:, :32]).any()
 
 
+def test_a_row_of_directions_moves_along_its_axis_only(run, tmp_path, monkeypatch):
+    axes = checkpoints.find(run)[1]["axes"]
+    rendered, blank = [], np.zeros((14, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(generate, "render", lambda generator, z: rendered.extend(z) or blank)
+    assert generate.main([str(run), "--directions", "2", "--out", str(tmp_path)]) == 0
+    second_row = (torch.stack(rendered)[7:] - axes["mean"]) @ axes["axes"].T / axes["deviations"]
+    torch.testing.assert_close(second_row[:, 1], torch.tensor(generate.STRENGTHS).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second_row[1:, [0, 2, 3]], second_row[:-1, [0, 2, 3]], atol=1e-4, rtol=1e-4)
+
+
 def test_without_axes_and_without_images_directions_are_refused(run, tmp_path, capsys):
     saved = checkpoints.find(run)[1]
     saved["constants"]["DATA"] = str(tmp_path / "gone")
