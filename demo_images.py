@@ -25,6 +25,8 @@ from errors import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
 MARKER = "demo_set.json"
+Point = tuple[float, float]
+Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
 LIMITS = {"count": (1, 1_000_000), "size": (16, 1024), "seed": (0, 2 ** 63 - 1)}
 
 # OKLCH (lightness, chroma, hue in turns): the sky from the zenith to the horizon, then light and shadow.
@@ -81,22 +83,22 @@ def oklch(lightness: float, chroma: float, hue: float) -> np.ndarray:
     return np.array(rgb, np.float32).reshape(3, 1, 1)
 
 
-def length(x, y):
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(x * x + y * y)              # several times faster than np.hypot
 
 
-def mix(first, second, amount):
+def mix(first: np.ndarray, second: np.ndarray | float, amount: np.ndarray | float) -> np.ndarray:
     return first + (second - first) * amount
 
 
-def ellipse(x, y, centre, radii):
+def ellipse(x: np.ndarray, y: np.ndarray, centre: Point, radii: Point) -> np.ndarray:
     """Signed distance to an ellipse, exact to first order at the edge."""
     u, v = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
     k = length(u, v) + 1e-6
     return k * (k - 1) / (length(u / radii[0], v / radii[1]) + 1e-6)
 
 
-def polygon(x, y, corners):
+def polygon(x: np.ndarray, y: np.ndarray, corners: list[Point]) -> np.ndarray:
     """Signed distance to a convex polygon, corners clockwise."""
     edges = []
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
@@ -105,13 +107,13 @@ def polygon(x, y, corners):
     return np.maximum.reduce(edges)
 
 
-def join(first, second, blend):
+def join(first: np.ndarray, second: np.ndarray, blend: float) -> np.ndarray:
     """Union of two forms, rounded over a width of `blend`."""
     h = np.maximum(blend - np.abs(first - second), 0) / blend
     return np.minimum(first, second) - h * h * blend / 4
 
 
-def rotate(x, y, angle, centre):
+def rotate(x: np.ndarray, y: np.ndarray, angle: float, centre: Point) -> Planes:
     """Coordinates for a form turned clockwise by `angle` (radians) about `centre`."""
     c, s = math.cos(angle), math.sin(angle)
     dx, dy = x - centre[0], y - centre[1]
@@ -121,7 +123,7 @@ def rotate(x, y, angle, centre):
 class Scene:
     """An image while it is drawn: `canvas` (3, size, size) in [0, 1], coordinates, factors `f`, colours, light."""
 
-    def __init__(self, index, size, seed):
+    def __init__(self, index: int, size: int, seed: int):
         self.f = f = factors(index, seed)
         self.rng = np.random.default_rng([seed, index, 1])  # for stars, clouds and trees
         axis = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
@@ -136,11 +138,11 @@ class Scene:
         self.towards = (self.sun[0] / reach, self.sun[1] / reach, 0.65 / reach)
         self.canvas = np.zeros((3, size, size), np.float32)
 
-    def cover(self, distance, soft=1.0):
+    def cover(self, distance: np.ndarray, soft: float = 1.0) -> np.ndarray:
         """Returns the coverage of each pixel by a form, in [0, 1]; soft: width of the edge, pixels."""
         return np.clip(0.5 - distance / (self.pixel * soft), 0, 1)
 
-    def paint(self, cover, colour, lit=None):
+    def paint(self, cover: np.ndarray, colour: np.ndarray, lit: Planes | None = None) -> None:
         """Blends `colour` (3, 1, 1) into the canvas with weight `cover`; lit: (facing, rim) from `volume`."""
         # One channel at a time: the temporary arrays stay in the processor's cache.
         for plane, value, light, shadow in zip(self.canvas, colour, self.light, self.shadow):
@@ -149,14 +151,14 @@ class Scene:
                 value = value * (shadow + (1.08 * light - shadow) * amount + 0.35 * light * rim)
             plane += (value - plane) * cover
 
-    def blobs(self, points, radii, strength):
+    def blobs(self, points: np.ndarray, radii: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Returns a sum of Gaussian spots: points (n, 2), radii (n, 2), strength (n, 1) -> (size, size)."""
         across = np.exp(-((self.axis - points[:, :1]) / radii[:, :1]) ** 2)
         down = np.exp(-((self.axis - points[:, 1:]) / radii[:, 1:]) ** 2)
         # A matrix product would start BLAS threads, which take longer than they save here.
         return np.einsum("nh,nw->hw", (down * strength).astype(np.float32), across.astype(np.float32))
 
-    def volume(self, distance, depth):
+    def volume(self, distance: np.ndarray, depth: float) -> Planes:
         """Returns the light on a form that rises over `depth` from its outline: (facing the sun, rim), each in [0, 1].
         """
         slope_y, slope_x = np.gradient(distance, self.pixel)
@@ -172,7 +174,7 @@ class Scene:
 
 # ------------------------------------------------------------------------------------- background
 
-def draw_sky(s):
+def draw_sky(s: Scene) -> None:
     top, middle, low = s.sky
     height = np.clip((s.axis + 1) / (1 + s.f["horizon"]), 0, 1)[:, None]  # 0 at the zenith, 1 at the horizon
     upper, lower = mix(top, middle, height / 0.55), mix(middle, low, (height - 0.55) / 0.45)
@@ -192,7 +194,7 @@ def draw_sky(s):
     s.paint(np.minimum(clouds, 0.75), mix(s.light, low, 0.45))
 
 
-def ridge(s, land, base, roughness):
+def ridge(s: Scene, land: str, base: float, roughness: float) -> np.ndarray:
     """Returns the upper edge of one row of land, (size,)."""
     x, a = s.axis, s.rng.uniform(0, 2 * math.pi, 4).astype(np.float32)
     if land == "mountains":
@@ -205,7 +207,7 @@ def ridge(s, land, base, roughness):
     return base + rolling * 1.3
 
 
-def draw_land(s):
+def draw_land(s: Scene) -> None:
     low, horizon = s.sky[2], s.f["horizon"]
     ground = oklch(GROUND[s.f["sky"]], 0.10, s.f["land_hue"])
     if s.f["land"] == "sea":
@@ -224,7 +226,7 @@ def draw_land(s):
 
 # ------------------------------------------------------------------------------------- owl
 
-def pattern(name, x, y, size):
+def pattern(name: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
     """Returns the marks on the breast, in [0, 1]; size: distance between two marks."""
     u, v = x / size, y / size
     row = np.floor(v)
@@ -237,7 +239,7 @@ def pattern(name, x, y, size):
     return np.clip(0.5 + marks[name]() * 9 * size / 0.13, 0, 1) if name in marks else np.zeros_like(u)
 
 
-def palette(f):
+def palette(f: dict) -> dict[str, np.ndarray]:
     """Returns the colours of the owl's parts."""
     hue, accent = f["hue"], f["hue"] + SCHEMES[f["scheme"]]
     # Yellow is lighter than blue: at equal lightness it would look brown.
@@ -251,13 +253,13 @@ def palette(f):
             "pupil": oklch(0.16, 0.03, hue), "beak": oklch(0.76, 0.16, 0.18)}
 
 
-def draw_branch(s):
+def draw_branch(s: Scene) -> None:
     middle = 0.80 + s.f["branch"] * s.x + 0.03 * np.sin(3 * s.x + 7 * s.f["x"])
     branch = np.abs(s.y - middle) - 0.075 + math.copysign(0.02, s.f["branch"]) * s.x
     s.paint(s.cover(branch), oklch(0.42, 0.06, 0.15), s.volume(branch, 0.09))
 
 
-def draw_owl(s):
+def draw_owl(s: Scene) -> None:
     f, colours, wide, scale = s.f, palette(s.f), s.f["width"], s.f["head"]
     x, y = rotate(s.x - f["x"], s.y, f["lean"], (0, 0.8))  # leans about its feet
     head_x, head_y = rotate(x, y, f["tilt"], (0, -0.05))
@@ -283,7 +285,7 @@ def draw_owl(s):
     draw_face(s, colours, head_x, head_y, lit)
 
 
-def draw_wings(s, colours, x, y):
+def draw_wings(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> None:
     """Each wing is three feathers that turn about the shoulder."""
     f, wide = s.f, s.f["width"]
     shoulder = (0.37 * wide, 0.0)
@@ -300,14 +302,14 @@ def draw_wings(s, colours, x, y):
     s.paint(s.cover(wing) * tips * 0.8, colours["mark"], lit)
 
 
-def draw_feet(s, colours):
+def draw_feet(s: Scene, colours: dict[str, np.ndarray]) -> None:
     side, down = np.abs(s.x - s.f["x"]), s.y - s.f["branch"] * s.x
     toes = [ellipse(side, down, (0.17 + step, 0.755), (0.032, 0.06)) for step in (-0.057, 0, 0.057)]
     feet = np.minimum.reduce(toes)
     s.paint(s.cover(feet), colours["beak"], s.volume(feet, 0.035))
 
 
-def draw_face(s, colours, x, y, lit):
+def draw_face(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, lit: Planes) -> None:
     """Face disc, eyes and beak, in the head's coordinates."""
     f, side, radius = s.f, np.abs(x), 0.155 * s.f["eyes"]
     soft = mix(lit[0], 0.85, 0.3), lit[1]

@@ -37,12 +37,11 @@ import checkpoints
 import command_line
 import data
 import latent_space
-import model_definitions
 import pictures
 import random_keys
 from command_line import positive
 from errors import InputError
-from model_definitions import Generator
+from model_definitions import Generator, from_checkpoint
 
 BATCH = 16                                        # images per pass through the generator
 GRID_LIMIT = 256                                  # images on a sheet at most
@@ -371,7 +370,7 @@ def start(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     device = command_line.choose_device(flags.device)
     _, saved = checkpoints.find(flags.run, device, warn=lambda line: print(line, file=sys.stderr))
-    generator, c = model_definitions.from_checkpoint(saved, device)
+    generator, c = from_checkpoint(saved, device)
     flags.axes = saved.get("axes")                         # written when the run ended
     for flag, make in SHEETS.items():
         if getattr(flags, flag):

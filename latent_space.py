@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import random_keys
-from model_definitions import VAE
 
 
 def draw_z(seed: int, first: int, count: int, latent_dim: int) -> Tensor:
@@ -51,15 +50,15 @@ def walk(keyframes: Tensor, frames: int, loop: bool = True) -> Tensor:
 
 
 @torch.inference_mode()
-def encode(vae: VAE, arrays: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
-    """Returns mu (N, LATENT_DIM), on the CPU, of uint8 arrays (H, W, C) of one size."""
+def encode(vae: nn.Module, arrays: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
+    """Returns mu (N, LATENT_DIM), on the CPU, of uint8 arrays (H, W, C) of one size. vae: model_definitions.VAE."""
     device = vae.to_mu.weight.device
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     parts = tqdm(pixels.split(batch_size), desc="encoding", leave=False, delay=2, disable=not sys.stderr.isatty())
     return torch.cat([vae.encode(data.to_image(part.to(device)))[0].cpu() for part in parts])
 
 
-def encode_sample(vae: VAE, image_set: data.ImageSet, count: int = 2048) -> Tensor:
+def encode_sample(vae: nn.Module, image_set: data.ImageSet, count: int = 2048) -> Tensor:
     """Returns mu (N, LATENT_DIM) of `count` random training images, the same ones at each call, or of all."""
     order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
     return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])

@@ -10,7 +10,6 @@ from torchvision.datasets import ImageFolder
 import checkpoints
 import demo_images
 from demo_images import draw, factors, make
-from errors import InputError
 
 
 def images_in(folder):
@@ -76,20 +75,6 @@ def test_factors_are_independent_and_every_choice_is_about_equally_frequent():
     other = np.array([[one != two for two in owners] for one in owners])
     # About 900 pairs: the largest of so many normal values stays below five standard deviations.
     assert np.abs(correlation[other]).max() < 5 / np.sqrt(3000)
-
-
-@pytest.mark.parametrize("name", sorted(factors(0)))
-def test_each_factor_alone_changes_the_image(name, monkeypatch):
-    base = next(f for f in map(factors, range(100)) if f["ears"] != "none" and f["pattern"] != "plain")
-    values = [factors(index)[name] for index in range(60)]
-    if isinstance(base[name], str):
-        other = next(value for value in values if value != base[name])
-    else:
-        other = max(values, key=lambda value: abs(value - base[name]))
-    monkeypatch.setattr(demo_images, "factors", lambda index, seed: base)
-    before = draw(0, 64).astype(np.float32)
-    monkeypatch.setattr(demo_images, "factors", lambda index, seed: base | {name: other})
-    assert (np.abs(draw(0, 64) - before).max(axis=2) > 12).sum() >= 8  # pixels that clearly differ
 
 
 # ------------------------------------------------------------------------------------- the folder
@@ -198,11 +183,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, flags, words, capsys):
     assert demo_images.main([str(tmp_path / flags[0]), *flags[1:]]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and words in message and not (tmp_path / "set").exists()
-
-
-def test_make_raises_input_error(tmp_path):
-    with pytest.raises(InputError, match="--size 8 is invalid"):
-        make(tmp_path / "set", size=8)
 
 
 def test_the_command_draws_the_set_and_a_contact_sheet(tmp_path, capsys):
