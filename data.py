@@ -13,7 +13,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,12 +22,10 @@ import signal
 import stat
 import sys
 import threading
-import time
 import types
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -40,9 +37,7 @@ from tqdm import tqdm
 import checkpoints
 from errors import InputError, RunError
 
-# torch and torchvision are imported inside functions: scan processes import this file, and start in 0.3 s instead of
-# 6 s, with less memory, because they load neither.
-if TYPE_CHECKING:
+if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")    # in any case
@@ -51,19 +46,13 @@ PIXELS_ALWAYS = 2 ** 24      # a file may always claim this many pixels; Pillow'
 PIXELS_PER_BYTE = 10_000     # ... and between the two a file must hold at least one byte for so many pixels
 CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
 CHUNK = 16                   # files that a scan process decodes per task
+AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
 POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
-SAVE_SECONDS = 2             # a killed scan loses the work of this time, or of SAVE_IMAGES images if that is less
-SAVE_IMAGES = 1000
+SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
 
-TRANSPOSE = {    # EXIF orientation -> the transposition that makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_T = Image.Transpose
+TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+             7: _T.TRANSVERSE, 8: _T.ROTATE_90}    # EXIF orientation -> what makes the picture upright
 
 
 @dataclass
@@ -110,32 +99,29 @@ def _eight_bit(picture):
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-def _orientation(picture):
-    """Returns the transposition for the EXIF orientation of a loaded picture, or None."""
-    try:
-        return TRANSPOSE.get(picture.getexif().get(0x0112))
-    except Exception:    # damaged EXIF data raises many kinds of errors, while the picture itself is fine
-        return None
-
-
-def _pixels(path, image_size, channels, background):
+def _pixels(path, settings):
     """Returns one file as (H, W, C) uint8: upright, short side resized to image_size, centre crop.
 
     Transparent parts show the grey level `background`. Raises ValueError, or whatever Pillow raises.
     """
-    size = os.path.getsize(path)
-    if size == 0:
+    image_size, channels, background = settings
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")    # opening a pipe would wait for ever
+    if status.st_size == 0:
         raise ValueError("empty file")
     Image.init()    # registers the formats that this Pillow was built with
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
         width, height = picture.size
-        limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * size
+        limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * status.st_size
         if width * height > limit:
-            raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of {size:,} bytes")
+            raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of this size")
         # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.
         picture.draft("L" if channels == 1 else "RGB", (2 * image_size, 2 * image_size))
         picture.load()    # Pillow turns TIFF files upright here
-        transpose = _orientation(picture)
+        transpose = None
+        with contextlib.suppress(Exception):    # damaged EXIF data raises many errors, while the picture is fine
+            transpose = TRANSPOSE.get(picture.getexif().get(0x0112))
         small = ImageOps.fit(_eight_bit(picture), (image_size, image_size), Image.Resampling.BICUBIC)
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, (background, background, background, 255)), small)
@@ -145,12 +131,12 @@ def _pixels(path, image_size, channels, background):
     return np.array(small).reshape(image_size, image_size, channels)
 
 
-def _decode(path, image_size, channels, background):
+def _decode(path, settings):
     """Returns Decoded for one file, with a short reason without the path if it cannot be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # Pillow warns about odd metadata and about large pictures
-            pixels = _pixels(path, image_size, channels, background)
+            pixels = _pixels(path, settings)
     except Image.UnidentifiedImageError:
         return Decoded(reason="not an image in a known format")
     except MemoryError:
@@ -158,22 +144,18 @@ def _decode(path, image_size, channels, background):
     except Exception as error:    # a damaged file can make a decoder raise anything; the scan goes on
         if isinstance(error, OSError) and error.errno is not None:
             return Decoded(reason=_short(error), retry=True)
-        return Decoded(reason=" ".join(str(error).split())[:100] or type(error).__name__)
+        return Decoded(reason=" ".join(str(error).split())[:120] or type(error).__name__)
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
     return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64)
 
 
-def _short(error: OSError) -> str:
-    """Returns the reason alone, without number and path."""
-    return (error.strerror or "cannot be read").lower()
+def _short(error):
+    return (error.strerror or "cannot be read").lower()    # without number and path
 
 
 def read_photo(path: str | os.PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
     """Returns one file as (H, W, C) uint8, decoded as by load_images. Raises InputError."""
-    if not os.path.isfile(path):
-        problem = "not a regular file" if os.path.exists(path) else "no such file"
-        raise InputError(f"{printable(path)}: {problem}")
-    decoded = _decode(path, image_size, channels, background)
+    decoded = _decode(path, (image_size, channels, background))
     if decoded.pixels is None:
         raise InputError(f"{printable(path)}: {decoded.reason}")
     return decoded.pixels
@@ -186,29 +168,27 @@ def find_files(root: str | os.PathLike, leave_out: str | os.PathLike | None = No
     """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted, and [(path, reason)] of others.
 
     Accepts every folder that torchvision's ImageFolder accepts, and folders without class folders. Reads each folder
-    once, identified by (device, inode). Follows links to folders after all real folders, so that an image keeps its
-    real path; does not follow links to root or its parents. Does not enter the folder leave_out. Raises InputError if
-    root is not a folder, or contains nothing that looks like an image.
+    once. Follows links to folders after all real folders, so that an image keeps its real path, but not to root or its
+    parents. Does not enter the folder leave_out. Raises InputError if root is not a folder, or contains nothing that
+    looks like an image.
     """
-    def identity(path):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
         raise InputError(f"{printable(root)}: {problem}")
-    visited = {identity(parent) for parent in Path(os.path.realpath(root)).parents}
-    if leave_out is not None and os.path.exists(leave_out) and not os.path.samefile(leave_out, root):
-        visited.add(identity(leave_out))
+    real_root = os.path.realpath(root)
+    visited = {str(parent) for parent in Path(real_root).parents}
+    if leave_out is not None:
+        visited |= {os.path.realpath(leave_out)} - {real_root}
     files, skipped = {}, []
     folders, links = [""], collections.deque()
     while folders or links:
         here = folders.pop() if folders else links.popleft()
+        real = os.path.realpath(os.path.join(root, here))
+        if real in visited:
+            continue
+        visited.add(real)
         try:
-            if (key := identity(os.path.join(root, here))) in visited:
-                continue
-            visited.add(key)
-            entries = sorted(os.scandir(os.path.join(root, here)), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
         except OSError as error:
             skipped.append((here or ".", f"folder: {_short(error)}"))
             continue
@@ -221,10 +201,7 @@ def find_files(root: str | os.PathLike, leave_out: str | os.PathLike | None = No
                     (links if entry.is_symlink() else folders).append(path)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     status = entry.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        files[path] = (status.st_size, status.st_mtime_ns)
-                    else:
-                        skipped.append((path, "not a regular file"))
+                    files[path] = (status.st_size, status.st_mtime_ns)
             except OSError as error:
                 skipped.append((path, "broken link" if entry.is_symlink() else _short(error)))
     if not files and not skipped:
@@ -269,7 +246,7 @@ class Cache:
             self.lines[path] = line
             self.row.pop(path, None)
             if key is not None:
-                if not 0 <= key < 1:
+                if not 0 <= key <= 1:
                     raise ValueError("not a key")
                 self.row[path], self.rows = self.rows, self.rows + 1
 
@@ -290,7 +267,7 @@ class Cache:
             os.fsync(file.fileno())
         lines = [line for line, _ in batch]
         with open(self.index, "ab") as file:
-            file.write(_json_lines(lines))
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         self._add(lines)
 
     def sort(self, paths: list[str]) -> None:
@@ -306,14 +283,10 @@ class Cache:
         with checkpoints.atomic_write(self.pixel_file) as file:
             file.writelines(blocks)
         with checkpoints.atomic_write(self.index) as file:
-            file.write(_json_lines([number, *lines]))
+            file.writelines(json.dumps(line).encode() + b"\n" for line in [number, *lines])
         for other in set(self.folder.glob("*.u8")) - {self.pixel_file}:
             with contextlib.suppress(OSError):    # Windows keeps a file that a process has mapped
                 other.unlink()
-
-
-def _json_lines(lines):
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _cache_folder(root, settings, cache_dir, cache_format=CACHE_FORMAT):
@@ -329,11 +302,6 @@ def _cache_folder(root, settings, cache_dir, cache_format=CACHE_FORMAT):
 
 # ------------------------------------------------------------------------------------- the scan
 
-def _decode_chunk(root, paths, settings):
-    """Runs in a scan process. Returns [Decoded] of some files."""
-    return [_decode(os.path.join(root, path), *settings) for path in paths]
-
-
 def _start_scan_process():
     """Leaves Ctrl-C to the parent, and ends this process when the parent was killed."""
     def end_with_parent():
@@ -344,42 +312,41 @@ def _start_scan_process():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _main_module_hidden():
-    """Keeps a spawned process from importing the main script, and torch with it."""
+def _submit(pool, *task):
+    """Submits a task without the main script, which a new process would import, and torch with it."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
-        yield
+        return pool.submit(*task)
     finally:
         sys.modules["__main__"] = main
 
 
-def _decode_all(root, paths, settings, workers):
-    """Yields (path, Decoded) in the order of `paths`, decoded by `workers` processes (0: by this one)."""
-    if workers == 0 or len(paths) < POOL_FROM:
-        for path in paths:
-            yield path, _decode(os.path.join(root, path), *settings)
+def _decode_files(files, settings):
+    return [_decode(file, settings) for file in files]
+
+
+def _decode_all(files, settings, workers):
+    """Yields Decoded for each file, in order, decoded by `workers` processes (0: by this one)."""
+    if workers == 0 or len(files) < POOL_FROM:
+        yield from (_decode(file, settings) for file in files)
         return
     if workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = min(cores, 61)    # Windows cannot wait for more
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_scan_process)
-    chunks = (paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK))
-    waiting = collections.deque()
+    chunks = [files[start:start + CHUNK] for start in range(0, len(files), CHUNK)]
+    ahead, number = AHEAD * workers, 0
     try:
-        while True:
-            for chunk in itertools.islice(chunks, 4 * workers - len(waiting)):    # bounds the memory
-                with _main_module_hidden():    # the pool starts a process when it gets a task
-                    waiting.append((chunk, pool.submit(_decode_chunk, root, chunk, settings)))
-            if not waiting:
-                return
-            chunk, future = waiting.popleft()
-            yield from zip(chunk, future.result())
-    except BrokenProcessPool:
-        raise RunError(f"a scan process died near {printable(chunk[0])}, perhaps for lack of memory; start again with "
-                       "--num-workers 1: images that were decoded are kept") from None
+        futures = collections.deque(_submit(pool, _decode_files, chunk, settings) for chunk in chunks[:ahead])
+        for number in range(len(chunks)):
+            yield from futures.popleft().result()
+            for chunk in chunks[number + ahead:number + ahead + 1]:
+                futures.append(_submit(pool, _decode_files, chunk, settings))
+    except BrokenExecutor:
+        raise RunError(f"a scan process died near {printable(chunks[number][0])}, perhaps for lack of memory; start "
+                       "again with --num-workers 1: the images that were decoded are kept") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_disk(cache, files, todo, cache_dir):
@@ -398,24 +365,22 @@ def _scan(root, cache, files, todo, settings, workers, progress):
     bar = tqdm(total=len(todo), desc="reading images", unit=" images", disable=None if progress else True)
     if progress and bar.disable:    # the output is not a terminal: one plain line
         print(f"reading {len(todo):,} of {len(files):,} images in {printable(root)}", flush=True)
-    retry, batch, saved = [], [], time.monotonic()
-    results = _decode_all(root, todo, settings, workers)
+    retry, batch = [], []
+    results = _decode_all([os.path.join(root, path) for path in todo], settings, workers)
     try:
-        for path, decoded in results:
+        for path, decoded in zip(todo, results):
             bar.update()
             if decoded.retry:
                 retry.append((path, decoded.reason))
                 continue
             batch.append(([path, *files[path], decoded.key, decoded.reason], decoded.pixels))
-            if len(batch) >= SAVE_IMAGES or time.monotonic() - saved > SAVE_SECONDS:
+            if len(batch) >= SAVE_EVERY:
                 full, batch = batch, []
                 cache.append(full)
-                saved = time.monotonic()
     finally:    # after Ctrl-C too
         bar.close()
         results.close()
-        if batch:
-            cache.append(batch)
+        cache.append(batch)
     return retry
 
 
@@ -434,7 +399,8 @@ def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_d
     files, skipped = find_files(root, leave_out)
     folder = _cache_folder(root, settings, cache_dir)
     try:
-        with checkpoints.lock(folder, lambda: print("another process reads the same images; waiting", flush=True)):
+        with checkpoints.lock(folder, lambda: print("waiting for another process that reads the same images",
+                                                    flush=True)):
             cache = Cache(folder, image_size * image_size * channels)
             todo = [path for path, state in files.items() if cache.state(path) != state]
             if todo:
@@ -443,17 +409,18 @@ def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_d
             known = [path for path, state in files.items() if cache.state(path) == state]
             if not cache.in_order(known):
                 cache.sort(known)
+            paths = [path for path in known if path in cache.row]
+            shape = (len(paths), image_size, image_size, channels)
+            images = np.memmap(cache.pixel_file, np.uint8, "r", shape=shape) if paths else None
     except OSError as error:
         error.filename = error.filename or folder    # a full disk does not name the file
         raise
     for old_format in range(1, CACHE_FORMAT):
         shutil.rmtree(_cache_folder(root, settings, cache_dir, old_format), ignore_errors=True)
     skipped = sorted(skipped + [(path, cache.lines[path][4]) for path in known if path not in cache.row])
-    paths = [path for path in known if path in cache.row]
     if not paths:
         raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
-    images = np.memmap(cache.pixel_file, np.uint8, "r", shape=(len(paths), image_size, image_size, channels))
     train, held_out = split([cache.lines[path][3] for path in paths], held_out_share, held_out_min)
     return ImageSet(images, paths, train, held_out, skipped)
 
