@@ -289,7 +289,7 @@ class Cache:
                 other.unlink()
 
 
-def _cache_folder(root, settings, cache_dir, cache_format=CACHE_FORMAT):
+def _cache_folder(root, settings, cache_dir, cache_format):
     """Returns the folder for one image folder, one way to decode it, and one format of the cache."""
     root, (image_size, channels, background) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
@@ -397,7 +397,7 @@ def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_d
     """
     root, cache_dir, settings = os.path.expanduser(root), os.fspath(cache_dir), (image_size, channels, background)
     files, skipped = find_files(root, leave_out)
-    folder = _cache_folder(root, settings, cache_dir)
+    folder = _cache_folder(root, settings, cache_dir, CACHE_FORMAT)
     try:
         with checkpoints.lock(folder, lambda: print("waiting for another process that reads the same images",
                                                     flush=True)):
