@@ -24,7 +24,6 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +49,7 @@ AHEAD = 4                    # tasks per scan process that are decoded ahead of 
 POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
 SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
 
+PathLike = str | os.PathLike
 _T = Image.Transpose
 TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
              7: _T.TRANSVERSE, 8: _T.ROTATE_90}    # EXIF orientation -> what makes the picture upright
@@ -79,7 +79,7 @@ class Decoded(NamedTuple):
     retry: bool = False    # the reason may pass: the next start tries again
 
 
-def printable(path: str | os.PathLike) -> str:
+def printable(path: PathLike) -> str:
     """Returns the path in one line of text: escapes control characters and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
 
@@ -89,8 +89,7 @@ def printable(path: str | os.PathLike) -> str:
 def _eight_bit(picture):
     """Returns the picture in mode L, RGB or RGBA; scales 16-bit grey (0 to 65535) and float grey (0 to 1)."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        top = 1 if picture.mode == "F" else 65535
-        values = np.asarray(picture)
+        values, top = np.asarray(picture), 1 if picture.mode == "F" else 65535
         if not (values.min() >= 0 and values.max() <= top):    # in this form it also refuses NaN
             raise ValueError(f"pixel values outside 0 to {top}")
         return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
@@ -153,7 +152,7 @@ def _short(error):
     return (error.strerror or "cannot be read").lower()    # without number and path
 
 
-def read_photo(path: str | os.PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
+def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
     """Returns one file as (H, W, C) uint8, decoded as by load_images. Raises InputError."""
     decoded = _decode(path, (image_size, channels, background))
     if decoded.pixels is None:
@@ -163,14 +162,12 @@ def read_photo(path: str | os.PathLike, image_size: int, channels: int, backgrou
 
 # ------------------------------------------------------------------------------------- finding files
 
-def find_files(root: str | os.PathLike, leave_out: str | os.PathLike | None = None,
-               ) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]]]:
+def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict, list]:
     """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted, and [(path, reason)] of others.
 
-    Accepts every folder that torchvision's ImageFolder accepts, and folders without class folders. Reads each folder
-    once. Follows links to folders after all real folders, so that an image keeps its real path, but not to root or its
-    parents. Does not enter the folder leave_out. Raises InputError if root is not a folder, or contains nothing that
-    looks like an image.
+    Accepts what torchvision's ImageFolder accepts, and folders without class folders. Reads each folder once. Follows
+    links to folders after all real folders, so that an image keeps its real path, but not to root or its parents. Does
+    not enter the folder leave_out. Raises InputError if root is not a folder or contains nothing like an image.
     """
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
@@ -384,9 +381,9 @@ def _scan(root, cache, files, todo, settings, workers, progress):
     return retry
 
 
-def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_dir: str | os.PathLike,
-                background: int = 255, workers: int = -1, held_out_share: float = 0.02, held_out_min: int = 64,
-                leave_out: str | os.PathLike | None = None, progress: bool = True) -> ImageSet:
+def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
+                workers: int = -1, held_out_share: float = 0.02, held_out_min: int = 64,
+                leave_out: PathLike | None = None, progress: bool = True) -> ImageSet:
     """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
     Each image becomes image_size x image_size with 1 or 3 channels; transparent parts show the grey level
@@ -399,8 +396,7 @@ def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_d
     files, skipped = find_files(root, leave_out)
     folder = _cache_folder(root, settings, cache_dir, CACHE_FORMAT)
     try:
-        with checkpoints.lock(folder, lambda: print("waiting for another process that reads the same images",
-                                                    flush=True)):
+        with checkpoints.lock(folder, lambda: print("waiting for another process with the same images", flush=True)):
             cache = Cache(folder, image_size * image_size * channels)
             todo = [path for path, state in files.items() if cache.state(path) != state]
             if todo:
@@ -425,27 +421,26 @@ def load_images(root: str | os.PathLike, image_size: int, channels: int, cache_d
     return ImageSet(images, paths, train, held_out, skipped)
 
 
-def load_images_of_run(root: str | os.PathLike, c) -> ImageSet:
+def load_images_of_run(root: PathLike, c) -> ImageSet:
     """Calls load_images with a run's constants; prints how many files cannot be used, and the first ten."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
-    skipped = image_set.skipped
+    skipped, count = image_set.skipped, len(image_set.skipped)
+    lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
-        print(f"{len(skipped):,} {'file' if len(skipped) == 1 else 'files'} cannot be used:")
-    for path, reason in skipped[:10]:
-        print(f"  {printable(path)}: {reason}")
-    if len(skipped) > 10:
-        print(f"  and {len(skipped) - 10:,} more")
+        print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used:", *lines, sep="\n")
+    if count > 10:
+        print(f"  and {count - 10:,} more")
     return image_set
 
 
-def write_skipped(image_set: ImageSet, file: str | os.PathLike) -> None:
+def write_skipped(image_set: ImageSet, file: PathLike) -> None:
     """Writes one line for every file that cannot be used: its path and the reason."""
     with checkpoints.atomic_write(file) as out:
         out.writelines(f"{printable(path)}: {reason}\n".encode() for path, reason in image_set.skipped)
 
 
-def split(keys: Iterable[float], share: float, least: int) -> tuple[np.ndarray, np.ndarray]:
+def split(keys: list[float], share: float, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (train, held_out), int64 indices: image i is held out if keys[i], in [0, 1), is below `share`.
 
     Holds nothing out if that would be fewer than `least` images, or all.
@@ -478,8 +473,7 @@ def batch_indices(count: int, seed: int, position: int, batch_size: int, purpose
     return np.concatenate(parts)
 
 
-def read_batch(image_set: ImageSet, indices: Sequence[int] | np.ndarray,
-               flips: np.ndarray | None = None) -> "torch.Tensor":
+def read_batch(image_set: ImageSet, indices: np.ndarray, flips: np.ndarray | None = None) -> "torch.Tensor":
     """Returns a copy of the images at `indices`, mirrored where `flips` is true: (B, C, H, W) uint8, channels_last."""
     import torch
 

@@ -1,6 +1,5 @@
 """data.py: every kind of file decodes to the right colours; the scan and its cache survive interruptions; batches."""
 
-import json
 import os
 import pathlib
 import shutil
