@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import stat
 import struct
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torchvision.datasets import ImageFolder
 import checkpoints
 import command_line
 import data
-from errors import InputError, RunError
+from errors import InputError
 
 REPO = str(pathlib.Path(data.__file__).parent)
 RED, GREEN, BLUE = (220, 40, 30), (30, 190, 60), (20, 60, 210)
@@ -436,12 +437,11 @@ def test_an_interrupted_scan_keeps_what_it_decoded(tmp_path, image_folder, opene
 KILLED_SCAN = """
 import os, signal, sys
 import data
-def die(picture):
-    if picture.filename.endswith("0049.png"):
+def open_or_die(path, **options):
+    if path.endswith("0049.png"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(picture)
-original, data._eight_bit = data._eight_bit, die
-data.SAVE_EVERY = 10
+    return original(path, **options)
+original, data.Image.open, data.SAVE_EVERY = data.Image.open, open_or_die, 10
 data.load_images(sys.argv[1], 16, 3, sys.argv[2], workers=0, progress=False)
 """
 
@@ -550,75 +550,59 @@ def test_several_processes_give_what_one_gives(tmp_path, image_folder, monkeypat
     assert_as_fresh(images, str(root), tmp_path)
 
 
-def test_the_memory_of_the_scan_is_bounded_and_a_dead_process_is_one_line(tmp_path, image_folder, monkeypatch, opened):
-    root = image_folder(40)
-    pending = []
+def test_no_more_than_ahead_is_decoded_before_it_is_written(tmp_path, image_folder, monkeypatch, opened):
+    class Pool:    # decodes a task when it is submitted
+        def __init__(self, *_):
+            self.shutdown = lambda **_: None
 
-    class Future:
-        def __init__(self, task):
-            self.task = task
-            pending.append(self)
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_result(function(*arguments))
+            return future
 
-        def result(self):
-            assert len(pending) <= 2
-            pending.remove(self)
-            function, files, settings = self.task
-            if files[0].endswith("0016.png"):
-                raise BrokenExecutor
-            return function(files, settings)
-
-    class Pool:
-        def __init__(self, *arguments):
-            pass
-
-        def submit(self, *task):
-            return Future(task)
-
-        def shutdown(self, **options):
-            pass
-
-    monkeypatch.setattr(data, "POOL_FROM", 1)
-    monkeypatch.setattr(data, "CHUNK", 8)
-    monkeypatch.setattr(data, "AHEAD", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "ProcessPoolExecutor", Pool)
-        with pytest.raises(RunError, match=r"a scan process died near .*0016\.png.*--num-workers 1"):
-            load(root, tmp_path, workers=1)
-    opened.clear()
-    load(root, tmp_path)
-    assert len(opened) == 24    # the images that were decoded before are kept
+    unwritten, append = [], data.Cache.append
+    monkeypatch.setattr(data.Cache, "append", lambda cache, batch: (
+        unwritten.append(len(opened) - len(cache.lines)), append(cache, batch)))
+    for name, value in (("ProcessPoolExecutor", Pool), ("POOL_FROM", 1), ("CHUNK", 2), ("AHEAD", 3), ("SAVE_EVERY", 1)):
+        monkeypatch.setattr(data, name, value)
+    assert len(load(image_folder(40), tmp_path, workers=1).paths) == 40
+    assert max(unwritten) == 3 * 2
 
 
 SCRIPT = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 if __name__ != "__main__":
     raise RuntimeError("a scan process imported the main script")
 sys.path.insert(0, sys.argv[1])
 import data
-class Cache(data.Cache):
-    def append(self, batch):
-        super().append(batch)
-        if sys.argv[4] == "SIGINT":
-            data.Cache.append = super().append
-            os.killpg(0, signal.SIGINT)
-        elif sys.argv[4] == "SIGKILL":
-            os.kill(os.getpid(), signal.SIGKILL)
-data.Cache, data.POOL_FROM, data.SAVE_EVERY = Cache, 1, 20
+append, stop = data.Cache.append, sys.argv[4]
+def append_and_stop(cache, batch):
+    append(cache, batch)
+    data.Cache.append = append
+    if stop == "Ctrl-C":
+        os.killpg(0, signal.SIGINT)
+    if stop in ("parent killed", "child killed"):
+        child, = multiprocessing.active_children()
+        os.kill(os.getpid() if stop == "parent killed" else child.pid, signal.SIGKILL)
+data.Cache.append, data.CHUNK, data.SAVE_EVERY = append_and_stop, 5, 20
 data.load_images(sys.argv[2], 16, 3, sys.argv[3], workers=1, progress=False)
 """
 
 
-@pytest.mark.parametrize("stop, status", [("nothing", 0), ("SIGINT", -2), ("SIGKILL", -9)])
-def test_scan_processes_skip_the_main_script_ignore_ctrl_c_and_end_with_their_parent(tmp_path, image_folder, stop, status):
-    root = image_folder(100)
+@pytest.mark.parametrize("stop, status, error", [
+    ("nothing", 0, ""), ("Ctrl-C", -2, "KeyboardInterrupt"), ("parent killed", -9, ""),
+    ("child killed", 1, "RunError: a scan process died near .*png, .*--num-workers 1")])
+def test_scan_processes_leave_the_main_script_ctrl_c_and_the_cache_alone(tmp_path, image_folder, stop, status, error):
+    root = image_folder(150)
     (tmp_path / "script.py").write_text(SCRIPT)
     arguments = [sys.executable, tmp_path / "script.py", REPO, root, tmp_path / "cache", stop]
-    # run() returns when every process that holds the pipe of stderr has ended.
+    # Returns when every process that holds stderr has ended: the timeout fails the test if one stays behind.
     done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True, timeout=300)
     assert done.returncode == status
-    assert done.stderr.count("Traceback") == (stop == "SIGINT"), done.stderr    # the main script's own
-    lines = (cache_folder(tmp_path) / "index.jsonl").read_text().splitlines()
-    assert len(lines) == 101 if stop == "nothing" else 20 < len(lines)
+    *_, last = done.stderr.splitlines() or [""]
+    assert re.search(error, last) and done.stderr.count("KeyboardInterrupt") == (stop == "Ctrl-C"), done.stderr
+    lines = len((cache_folder(tmp_path) / "index.jsonl").read_text().splitlines())
+    assert lines == 151 if stop == "nothing" else 20 < lines < 151
 
 
 # ------------------------------------------------------------------------------------- split and batches
