@@ -302,7 +302,7 @@ def page(run: SimpleNamespace, live: bool, count: int) -> str:
         "constants": constants_table(run.constants), "skipped": run.skipped[:SKIPPED_SHOWN],
         "skipped_count": len(run.skipped), "system": system(run)}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")      # no "</script>"
-    return TEMPLATE.read_text(encoding="utf-8").replace("$data", text, 1)
+    return TEMPLATE.read_text(encoding="utf-8").replace("$data", text)
 
 
 def write(folder: str | Path, live: bool = False) -> Path:
