@@ -38,15 +38,6 @@ def test_save_keeps_the_newest_two_and_a_users_own_files(tmp_path):
     assert checkpoints.newest(tmp_path)[0].name == "step_00000010.pt"
 
 
-def test_save_deletes_an_unsound_file_once_a_newer_sound_one_exists(tmp_path):
-    checkpoints.save(tmp_path, state(), 2)
-    checkpoints.save(tmp_path, state(), 4, sound=False)
-    assert checkpoints.newest(tmp_path)[0].name == "step_00000004_unsound.pt"
-    assert checkpoints.newest(tmp_path, sound=True)[0].name == "step_00000002.pt"
-    checkpoints.save(tmp_path, state(), 6)
-    assert names(tmp_path) == ["step_00000002.pt", "step_00000006.pt"]
-
-
 @pytest.mark.parametrize("damage", [
     flip_stored_byte,
     lambda file: file.write_bytes(file.read_bytes()[:1000]),
@@ -66,16 +57,6 @@ def test_a_damaged_or_foreign_file_is_named_and_the_older_one_used(tmp_path, dam
     file, loaded = checkpoints.newest(tmp_path, warn=warnings.append)
     assert file == old and torch.equal(loaded["weights"]["w"], state()["weights"]["w"])
     assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "\n" not in warnings[0]
-
-
-def test_set_aside_renames_a_damaged_file_and_says_so(tmp_path):
-    for step in (1, 2):
-        checkpoints.save(tmp_path, state(), step)
-    (tmp_path / "step_00000002.pt").write_bytes(b"junk")
-    warnings = []
-    checkpoints.newest(tmp_path, warn=warnings.append, set_aside=True)
-    assert len(warnings) == 2 and warnings[1] == "renamed step_00000002.pt to step_00000002.pt.damaged"
-    assert names(tmp_path) == ["step_00000001.pt", "step_00000002.pt.damaged"]
 
 
 @pytest.mark.parametrize("number", [1, checkpoints.FORMAT + 1])

@@ -192,7 +192,7 @@ def test_a_run_rolls_back_max_rollbacks_times_over_all_starts_and_then_gives_up(
         assert run(*flags) == 1
         out, error = capsys.readouterr()
         assert out.count("updates in a row were not finite; back to step 4") == 2 and error.count("\n") == 1
-        for words in ("up to step 6 are not finite", "after 2 rollbacks", "step_00000004.pt is the last good checkpoint",
+        for words in ("up to step 6 are not finite, after 2 rollbacks", "step_00000004.pt is the last good checkpoint",
                       "--learning-rate 0.000125 --critic-learning-rate 0.000125 --max-rollbacks 5"):
             assert words in error
         counters = newest(tmp_path)["counters"]
@@ -293,17 +293,14 @@ def test_a_checkpoint_of_other_networks_is_refused_and_not_changed(run, tmp_path
 
 
 @pytest.mark.parametrize("number", range(1, checkpoints.FORMAT + 1))
-def test_a_checkpoint_of_each_format_continues_or_is_refused(tmp_path, photos, capsys, number):
-    """tests/fixtures has a file of each format, written by a run with these flags."""
+def test_a_checkpoint_of_each_format_continues_or_is_refused(run, tmp_path, capsys, number):
+    """tests/fixtures has a file of each format, from a run with these sizes."""
     content = gzip.decompress((Path(__file__).parent / "fixtures" / f"format_{number}.pt.gz").read_bytes())
     file = checkpoint_folder(tmp_path) / "step_00000001.pt"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
-    status = training.main([
-        "--data", photos, "--runs-dir", str(tmp_path / "runs"), "--run", "photos", "--image-size", "32", "--batch-size",
-        "2", "--width", "2", "--encoder-width", "2", "--width-max", "4", "--latent-dim", "4", "--transformer-dim", "12",
-        "--transformer-layers", "1", "--patch", "8", "--num-frames", "2", "--steps", "2", "--sample-count", "1", "--device",
-        "cpu"])
+    status = run("--run", "photos", "--steps", "2", "--width", "2", "--encoder-width", "2", "--width-max", "4",
+                 "--latent-dim", "4", "--transformer-dim", "12", "--transformer-layers", "1", "--num-frames", "2")
     if number == checkpoints.FORMAT:
         assert status == 0 and "continuing" in capsys.readouterr().out
         assert newest(tmp_path)["counters"]["step"] == 2

@@ -1,5 +1,4 @@
 import inspect
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import config
 import losses
 import model_definitions
 from errors import InputError
-from model_definitions import VAE, Discriminator, Generator, SyntheticVideo, TransformerParamTanh
+from model_definitions import VAE, Discriminator, Generator, TransformerParamTanh
 
 CONFIG = {name: value for name, value in vars(config).items() if name.isupper()}
 SMALL = {"IMAGE_SIZE": 32, "WIDTH": 8, "WIDTH_MAX": 32, "LATENT_DIM": 16, "PATCH": 8, "TRANSFORMER_DIM": 24,
@@ -74,8 +73,7 @@ def test_each_network_works_with_its_image_size_alone(rng):
     with torch.no_grad():
         x = torch.rand(2, 3, 64, 64, generator=rng)
         image = TransformerParamTanh(64)(x)
-        torch.testing.assert_close(image, torch.tanh(config.ALPHA_INIT * (2 * x - 1)))
-        assert VAE(64)(image, torch.randn(2, config.LATENT_DIM))[0].shape == image.shape
+        assert image.shape == VAE(64)(image, torch.randn(2, config.LATENT_DIM))[0].shape == x.shape
         assert Discriminator(64)(image).shape == (2,)
 
 
@@ -134,12 +132,6 @@ def test_the_critics_pooling_is_the_mean_of_four_maxima_and_halves_the_side(rng)
 
 
 # ------------------------------------------------------------------------------------- VAE
-
-def test_reparameterize_has_the_mean_and_deviation_of_its_posterior(rng):
-    mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, math.log(9.0)]])
-    z = build()[0].vae.reparameterize(mu, logvar, torch.randn(100_000, 2, generator=rng))
-    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, -2.0]), atol=0.05, rtol=0)
-    torch.testing.assert_close(z.std(0), torch.tensor([1.0, 3.0]), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("size", [32, 128])
@@ -207,15 +199,6 @@ def test_frames_follow_a_fixed_schedule_without_rng_and_differ_between_seeds():
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_a_shifted_frame_is_the_image_moved_by_whole_pixels(rng):
-    video = SyntheticVideo(16, 1, 32, shift=0.1, brightness=0.0, noise=0.0)
-    image, changes = torch.rand(1, 1, 32, 32, generator=rng), video.draw()
-    dy, dx = changes.shift[15].tolist()
-    assert (dy, dx) != (0, 0)
-    moved = torch.roll(image, (-dy, -dx), (2, 3))[0, 0, 4:-4, 4:-4]        # without the repeated border
-    torch.testing.assert_close(video(image, changes)[0, 15, 4:-4, 4:-4], moved)
-
-
 @pytest.mark.parametrize("size, patch, channels", [(32, 8, 3), (48, 16, 1), (64, 4, 3)])
 def test_the_fast_embedding_equals_a_convolution_of_the_frames(size, patch, channels, rng):
     torch.manual_seed(0)
@@ -243,10 +226,12 @@ def test_earlier_images_replace_the_modified_copies(rng):
 
 # ------------------------------------------------------------------------------------- alpha
 
-def test_the_layer_starts_as_tanh_of_alpha_init(rng):
-    layer, x = build()[0].layer, torch.rand(2, 3, 32, 32, generator=rng)
-    assert torch.equal(layer.alpha(x), torch.full((2, 1, 32, 32), 3.0))
+def test_the_layer_starts_as_tanh_of_alpha_init_without_a_gradient_through_alpha(rng):
+    layer, x = build()[0].layer, torch.rand(2, 3, 32, 32, generator=rng, requires_grad=True)
+    alpha = layer.alpha(x)
+    assert torch.equal(alpha, torch.full((2, 1, 32, 32), 3.0))
     torch.testing.assert_close(layer(x), torch.tanh(3.0 * (2 * x - 1)))
+    assert torch.autograd.grad(alpha.sum(), x)[0].abs().max() == 0
 
 
 def test_alpha_stays_within_its_bounds_for_any_weights(rng):
@@ -306,22 +291,6 @@ def test_transformer_layers_start_with_different_weights():
 
 # ------------------------------------------------------------------------------------- gradients
 
-def test_the_generators_gradient_reaches_decoder_and_layer_but_not_encoder_and_critic(rng):
-    generator, critic = build()
-    torch.nn.init.normal_(generator.layer.to_s.weight, std=0.5)
-    critic.requires_grad_(False)
-    critic(generator(torch.randn(2, 16, generator=rng))).mean().backward()
-    encoder = ("vae.encoder", "vae.to_mu", "vae.to_logvar")
-    reached = {name for name, p in generator.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert reached == {name for name, _ in generator.named_parameters() if not name.startswith(encoder)}
-    assert all(p.grad is None for p in critic.parameters())
-
-
-def test_the_reconstructions_gradient_reaches_the_encoder(rng):
-    generator, image = build()[0], images(rng)
-    losses.reconstruction_loss(generator.reconstruct(image), image).backward()
-    assert generator.vae.encoder[0][0].weight.grad.abs().max() > 0
-
 
 def test_the_feedback_gradient_through_alpha_is_neither_zero_nor_cut(rng):
     """In float64 against a finite difference along the gradient."""
@@ -337,9 +306,3 @@ def test_the_feedback_gradient_through_alpha_is_neither_zero_nor_cut(rng):
     slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
     assert gradient.norm() > 1e-3
     assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-5)
-
-
-def test_alpha_passes_no_gradient_at_the_start(rng):
-    x = torch.rand(1, 3, 32, 32, generator=rng, requires_grad=True)
-    gradient, = torch.autograd.grad(build()[0].layer.alpha(x).sum(), x)
-    assert gradient.abs().max() == 0

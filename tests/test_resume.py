@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 8])       # 3: after the last batch of an epoch; 4: after the first of the next
+@pytest.mark.parametrize("step", [1, 3, 4, 8])       # 3 is the end of an epoch
 def test_resuming_at_any_step_is_exact(whole, tmp_path, step):
     images, expected = whole()
     for steps in (step, STEPS):

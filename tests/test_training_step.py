@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import command_line
 import data
 import losses
-import model_definitions
 import run_state
 import training_step
 import update
@@ -181,19 +180,16 @@ def test_the_critic_sees_each_image_once_per_epoch_with_several_updates_per_step
 
 def test_each_update_moves_its_own_weights_only(start, monkeypatch):
     state, c, image_set = start()
-    before, apply_if_finite = {}, update.apply_if_finite
+    sides, moved, apply_if_finite = (state.critic, state.generator), [], update.apply_if_finite
 
-    def checked(state, model, optimizer):
-        other = state.critic if model is state.generator else state.generator
-        before[model], other_before = weights(model), weights(other)
-        if model is state.generator:
-            assert all(p.grad is None or not p.requires_grad for p in other.parameters())
+    def keep(state, model, optimizer):
+        before = [weights(side) for side in sides]
         apply_if_finite(state, model, optimizer)
-        assert not torch.equal(weights(model), before[model]) and torch.equal(weights(other), other_before)
+        moved.append([not torch.equal(weights(side), old) for side, old in zip(sides, before)])
 
-    monkeypatch.setattr(update, "apply_if_finite", checked)
+    monkeypatch.setattr(update, "apply_if_finite", keep)
     training_step.training_step(state, c, image_set)
-    assert list(before) == [state.critic, state.generator]
+    assert moved == [[True, False], [False, True]]
     assert all(p.requires_grad for p in state.critic.parameters())
 
 
@@ -204,17 +200,6 @@ def test_the_first_step_moves_weights_by_the_learning_rate_and_the_layer_by_its_
     training_step.training_step(state, c, image_set)
     moved = [(part.weight - old).abs().median().item() for part, old in zip(parts, before)]
     assert moved == pytest.approx([1e-2, 5e-3, 1e-3], rel=1e-3)
-
-
-def test_the_zero_head_learns_at_once_and_the_transformer_after_it(start):
-    state, c, image_set = start()
-    layer = state.generator.layer
-    layer.to_s.weight.data.zero_()
-    head, positions = layer.to_s.weight.detach().clone(), layer.positions.detach().clone()
-    training_step.training_step(state, c, image_set)
-    assert not torch.equal(head, layer.to_s.weight) and torch.equal(positions, layer.positions)
-    training_step.training_step(state, c, image_set)
-    assert not torch.equal(positions, layer.positions)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(start, monkeypatch):
@@ -368,6 +353,7 @@ def test_a_recorded_step_equals_a_plain_step(flags, start):
     assert values == pytest.approx(plain_values, rel=0.05, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
                     reason="a setting of glibc")
 def test_freed_memory_is_kept_for_the_next_tensor():
