@@ -1,10 +1,6 @@
 """One training step: its gradients against the textbook's, and equal steps computed in other ways."""
 
-import ctypes
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,21 +347,3 @@ def test_a_recorded_step_equals_a_plain_step(flags, start):
     (moved, values), (plain_moved, plain_values) = ends
     assert (moved - plain_moved).norm() < 0.1 * plain_moved.norm()
     assert values == pytest.approx(plain_values, rel=0.05, abs=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
-                    reason="a setting of glibc")
-def test_freed_memory_is_kept_for_the_next_tensor():
-    script = ("import resource, torch, update\n"
-              "def faults():\n"
-              "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-              "    torch.ones(2 ** 24)\n"                                         # 64 MiB, 16,384 pages
-              "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-              "for keep in (False, True):\n"
-              "    update.keep_freed_memory(keep)\n"
-              "    print(min(faults() for _ in range(9)))")
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                         cwd=Path(update.__file__).parent).stdout
-    returned, kept = map(int, out.split())
-    assert returned >= 32 > 10 * kept               # 32 where the system has huge pages
