@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. Tests draw their own images."""
+"""Fixtures and helpers that several test files share."""
 
 import json
 import os
@@ -9,28 +9,30 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import training
 
-torch.set_num_threads(1)       # the tensors here are small: two threads would mostly wait for one another
-signal.signal(signal.SIGINT, signal.default_int_handler)    # or children would ignore it where a shell ran us behind &
+torch.set_num_threads(1)       # the tensors are small: a second thread would mostly wait
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs, and their children, ignore it
 
-# Flags of a run that takes a fraction of a second a step.
+# Flags of a run with steps of some hundredths of a second.
 SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--encoder-width", "4", "--width-max", "32",
          "--latent-dim", "16", "--transformer-dim", "24", "--transformer-layers", "2", "--patch", "8",
-         "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2", "--gp-every", "2"]
+         "--num-frames", "4", "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2",
+         "--gp-every", "2"]
 
 
 def draw_images(folder, count, size=40, seed=0):
-    """Writes `count` small PNGs, all different, each two flat colours with a slanted border; returns the folder."""
+    """Writes `count` different PNG files, each with two flat colours and a slanted border; returns the folder."""
     rng = np.random.default_rng(seed)
     os.makedirs(folder, exist_ok=True)
     rows, columns = np.mgrid[:size, :size]
     for number in range(count):
         one, other = rng.integers(0, 256, (2, 3), dtype=np.uint8)
         side = columns + rng.normal() * rows > rng.uniform(0, size)
-        picture = Image.fromarray(np.where(side[..., None], one, other))
-        picture.putpixel((0, 0), (number % 256, number // 256, 0))    # no two are equal
-        picture.save(os.path.join(folder, f"{number:04d}.png"))
+        image = Image.fromarray(np.where(side[..., None], one, other))
+        image.putpixel((0, 0), (number % 256, number // 256, 0))      # so that no two images are equal
+        image.save(os.path.join(folder, f"{number:04d}.png"))
     return folder
 
 
@@ -56,21 +58,52 @@ def run(photos, tmp_path):
 
 
 def lines(tmp_path, name="photos"):
-    """The lines of a run's log."""
+    """Returns the lines of a run's log."""
     return [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def poison(monkeypatch, at):
-    """A step whose number `at(step, rollbacks)` holds for has a critic that sees NaN."""
+def error_line(capsys):
+    """Returns what training.py wrote to stderr, which must be one line."""
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("training.py: "), text
+    return text
+
+
+def around_step(monkeypatch, before):
+    """Calls before(state) before each training step."""
     one_step = training.training_step
 
-    def step(state, c, images):
-        if at(state.counters["step"], state.counters["rollbacks"]):
-            weight = next(state.critic.parameters())
-            kept = weight.detach().clone()
-            weight.data.fill_(float("nan"))
-            values = one_step(state, c, images)
-            weight.data.copy_(kept)
-            return values
-        return one_step(state, c, images)
+    def step(state, c, image_set):
+        before(state)
+        return one_step(state, c, image_set)
     monkeypatch.setattr(training, "training_step", step)
+
+
+def poison(monkeypatch, at):
+    """Makes the critic return NaN in each step for which at(step, rollbacks) is true."""
+    one_step = training.training_step
+
+    def step(state, c, image_set):
+        if not at(state.counters["step"], state.counters["rollbacks"]):
+            return one_step(state, c, image_set)
+        weight = next(state.critic.parameters())
+        kept = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        values = one_step(state, c, image_set)
+        weight.data.copy_(kept)
+        return values
+    monkeypatch.setattr(training, "training_step", step)
+
+
+def use_float64(setattr):
+    """Makes new networks, random draws and images float64, for comparisons that float32 rounding would hide."""
+    to_image = data.to_image
+    torch.set_default_dtype(torch.float64)
+    setattr(data, "to_image", lambda pixels: to_image(pixels).double())
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    use_float64(monkeypatch.setattr)
+    yield
+    torch.set_default_dtype(torch.float32)

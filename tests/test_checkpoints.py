@@ -4,31 +4,38 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import InputError
+from errors import InputError
 
 
 def state(value=1.0):
     return {"weights": {"w": torch.full((64, 64), value)}, "counters": {"step": 3}, "constants": {}, "ema": {}}
 
 
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
 def flip_stored_byte(file):
-    data = bytearray(file.read_bytes())
-    data[data.find(torch.full((64,), 1.0).numpy().tobytes()) + 100] ^= 1
-    file.write_bytes(data)
+    content = bytearray(file.read_bytes())
+    content[content.find(torch.full((64,), 1.0).numpy().tobytes()) + 100] ^= 1
+    file.write_bytes(content)
 
 
-def test_what_was_saved_is_loaded(tmp_path):
+def test_load_returns_what_was_saved(tmp_path):
     file = checkpoints.save(tmp_path, state(), 7)
     loaded = checkpoints.load(file)
     assert file.name == "step_00000007.pt"
     assert torch.equal(loaded["weights"]["w"], state()["weights"]["w"]) and loaded["counters"] == {"step": 3}
 
 
-def test_the_newest_two_are_kept_and_best_is_never_pruned(tmp_path):
-    (tmp_path / "best.pt").write_bytes(b"x")
+def test_save_keeps_the_newest_two_and_a_users_own_files(tmp_path):
+    own = ["best.pt", "step_00000009 (copy).pt", "step_backup.pt"]
+    for name in own:
+        checkpoints.save_as(tmp_path / name, state(9.0))
     for step in (1, 2, 10):
-        checkpoints.save(tmp_path, state(), step)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["best.pt", "step_00000002.pt", "step_00000010.pt"]
+        checkpoints.save(tmp_path, state(step), step)
+    assert names(tmp_path) == sorted([*own, "step_00000002.pt", "step_00000010.pt"])
+    assert checkpoints.newest(tmp_path)[0].name == "step_00000010.pt"
 
 
 @pytest.mark.parametrize("damage", [
@@ -43,51 +50,36 @@ def test_the_newest_two_are_kept_and_best_is_never_pruned(tmp_path):
     lambda file: torch.save({"format": checkpoints.FORMAT, "counters": {}, "ema": {}, "constants": 3}, file),
     lambda file: torch.save({"format": "2"}, file),
 ])
-def test_a_damaged_file_is_named_and_the_older_one_used(tmp_path, damage):
+def test_a_damaged_or_foreign_file_is_named_and_the_older_one_used(tmp_path, damage):
     old = checkpoints.save(tmp_path, state(), 1)
     damage(checkpoints.save(tmp_path, state(), 2))
-    said = []
-    file, loaded = checkpoints.newest(tmp_path, warn=said.append)
+    warnings = []
+    file, loaded = checkpoints.newest(tmp_path, warn=warnings.append)
     assert file == old and torch.equal(loaded["weights"]["w"], state()["weights"]["w"])
-    assert len(said) == 1 and "step_00000002.pt" in said[0] and "\n" not in said[0]
+    assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "\n" not in warnings[0]
 
 
 @pytest.mark.parametrize("number", [1, checkpoints.FORMAT + 1])
-def test_a_whole_file_of_another_version_is_not_passed_over(tmp_path, number):
-    """Going on from the older one would throw away what came after it."""
+def test_a_file_of_another_format_is_refused_rather_than_skipped(tmp_path, number):
+    """Training on from the older file would lose the steps of the newer one."""
     checkpoints.save(tmp_path, state(), 1)
     torch.save({**state(), "format": number}, tmp_path / "step_00000002.pt")
-    with pytest.raises(InputError, match=f"step_00000002.pt: format {number}, this program reads"):
+    with pytest.raises(InputError, match=f"step_00000002.pt: format {number}, but this version reads format"):
         checkpoints.newest(tmp_path, set_aside=True)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["step_00000001.pt", "step_00000002.pt"]
+    assert names(tmp_path) == ["step_00000001.pt", "step_00000002.pt"]
 
 
-def test_all_damaged_raises_one_line_and_deletes_nothing(tmp_path):
+def test_if_all_files_are_damaged_one_line_is_raised_and_nothing_changed(tmp_path):
     for step in (1, 2):
         checkpoints.save(tmp_path, state(), step).write_bytes(b"junk")
     with pytest.raises(InputError, match="none of its 2"):
-        checkpoints.newest(tmp_path, warn=lambda line: None)
-    assert len(list(tmp_path.iterdir())) == 2
+        checkpoints.newest(tmp_path, warn=lambda line: None, set_aside=True)
+    assert names(tmp_path) == ["step_00000001.pt", "step_00000002.pt"]
 
 
-def test_no_checkpoint_at_all_is_none(tmp_path):
+def test_a_folder_without_checkpoints_gives_none(tmp_path):
     assert checkpoints.newest(tmp_path) is None
     assert checkpoints.newest(tmp_path / "missing") is None
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    file = tmp_path / "config.json"
-    checkpoints.write_atomically(file, lambda handle: handle.write(b"old"))
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError):
-        checkpoints.write_atomically(file, full_disk)
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError):
-        checkpoints.write_atomically(file, lambda handle: handle.write(b"new"))
-    assert [f.name for f in tmp_path.iterdir()] == ["config.json"] and file.read_bytes() == b"old"
 
 
 def test_find_takes_a_run_a_checkpoint_folder_or_a_file(tmp_path):
@@ -99,22 +91,33 @@ def test_find_takes_a_run_a_checkpoint_folder_or_a_file(tmp_path):
             checkpoints.find(path)
 
 
-def test_a_users_own_file_is_neither_used_nor_deleted(tmp_path):
-    for step in (1, 2):
-        checkpoints.save(tmp_path, state(step), step)
-    for name in ("step_backup.pt", "step_00000009 (copy).pt", "best.pt"):
-        (tmp_path / name).write_bytes((tmp_path / "step_00000001.pt").read_bytes())
-    assert checkpoints.newest(tmp_path)[0].name == "step_00000002.pt"
-    for step in (3, 4):
-        checkpoints.save(tmp_path, state(step), step)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "best.pt", "step_00000003.pt", "step_00000004.pt", "step_00000009 (copy).pt", "step_backup.pt"]
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+
+    def write(text, fail=lambda: None):
+        with checkpoints.atomic_write(file) as handle:
+            handle.write(text)
+            fail()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    write(b"old")
+    with pytest.raises(OSError):
+        write(b"new", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError):
+        write(b"new")
+    assert names(tmp_path) == ["config.json"] and file.read_bytes() == b"old"
 
 
-def test_what_is_set_aside_is_said(tmp_path):
-    for step in (1, 2):
-        checkpoints.save(tmp_path, state(), step)
-    (tmp_path / "step_00000002.pt").write_bytes(b"junk")
-    said = []
-    checkpoints.newest(tmp_path, warn=said.append, set_aside=True)
-    assert len(said) == 2 and "step_00000002.pt is now step_00000002.pt.damaged" in said[1]
+def test_a_lock_is_held_once_and_free_again_after_an_error(tmp_path):
+    def refuse():
+        raise InputError("busy")
+
+    with pytest.raises(ZeroDivisionError), checkpoints.lock(tmp_path, refuse):
+        with pytest.raises(InputError, match="busy"), checkpoints.lock(tmp_path, refuse):
+            pass
+        raise ZeroDivisionError
+    with checkpoints.lock(tmp_path, refuse):
+        pass

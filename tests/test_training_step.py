@@ -1,0 +1,349 @@
+"""One training step: its gradients against the textbook's, and equal steps computed in other ways."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import command_line
+import data
+import losses
+import run_state
+import training_step
+import update
+from benchmarks import textbook
+
+# Widths with which each group of GroupNorm has several channels: the bias before a group of one has no gradient.
+NO_ZERO_GRADIENTS = ("--width", "12", "--encoder-width", "12")
+
+
+@pytest.fixture
+def start(photos, tmp_path):
+    """start(*flags) returns a new state with a random head, its constants and the images. With the zero head of a new
+    run, no gradient would reach the Transformer."""
+    def new(*flags):
+        c, _ = command_line.parse_constants(["--data", photos, *SMALL, *flags])
+        state = run_state.new_state(c, command_line.choose_device(c.DEVICE))
+        head = state.generator.layer.to_s.weight
+        head.data.copy_(0.02 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        return state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0, progress=False)
+    return new
+
+
+@pytest.fixture
+def gradients_of_a_step(start, monkeypatch):
+    """gradients_of_a_step(*flags) returns [{parameter: gradient}] of a step's updates in order, and its values."""
+    def compute(*flags):
+        found, apply_if_finite = [], update.apply_if_finite
+
+        def keep(state, model, optimizer):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+            apply_if_finite(state, model, optimizer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(update, "apply_if_finite", keep)
+            values = training_step.training_step(*start(*flags))
+        return found, {name: value.item() for name, value in values.items()}
+    return compute
+
+
+def assert_equal_gradients(some, others, tolerance):
+    """Compares the relative L2 norm of each parameter's difference. No gradient may be all zero."""
+    assert len(some) == len(others) > 0
+    for one, other in zip(some, others):
+        assert list(one) == list(other)
+        for name in one:
+            assert one[name].norm() > 0, name
+            assert (one[name] - other[name]).norm() <= tolerance * one[name].norm(), name
+
+
+def weights(model):
+    """Returns a copy of all weights as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------- gradients
+
+@pytest.mark.parametrize("flags", [(), ("--n-critic", "2")])
+def test_the_gradients_of_a_whole_step_equal_the_textbooks(float64, start, gradients_of_a_step, flags):
+    found, values = gradients_of_a_step(*NO_ZERO_GRADIENTS, *flags)
+
+    state, c, image_set = start(*NO_ZERO_GRADIENTS, *flags)
+    book, expected = textbook.like(state, c), []
+
+    def update_with(loss, model, optimizer):
+        optimizer.zero_grad()
+        loss.backward()
+        expected.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        optimizer.step()
+
+    for critic_update in range(c.N_CRITIC):
+        batch = training_step.draw_batch(book.draws, c, image_set, critic_update)
+        critic_loss, critic_values = textbook.critic_loss(book, c, batch)
+        update_with(critic_loss, book.critic, book.critic_optimizer)
+    generator_loss, generator_values = textbook.generator_loss(book, c, batch)
+    update_with(generator_loss, book.generator, book.generator_optimizer)
+
+    assert len(found) == c.N_CRITIC + 1
+    assert_equal_gradients(found, expected, 1e-9)
+    for name, value in {**critic_values, **generator_values}.items():
+        assert values[name] == pytest.approx(value.item(), rel=1e-9), name
+
+
+@pytest.mark.parametrize("flags, others", [
+    (("--micro-batch", "2"), ()),
+    (("--micro-batch", "2"), ("--gp-every", "3")),
+    (("--micro-batch", "1"), ("--gp-every", "3")),            # images 1 and 2 are micro-batches without a penalty
+    (("--micro-batch", "2"), ("--n-critic", "2")),
+    (("--micro-batch", "2"), ("--feedback-prob", "1", "--n-critic", "2")),
+    (("--recompute-activations",), ()),
+    (("--recompute-activations", "--micro-batch", "2"), ("--feedback-prob", "1"))])
+def test_saving_memory_changes_no_gradient(float64, gradients_of_a_step, flags, others):
+    whole, values = gradients_of_a_step(*NO_ZERO_GRADIENTS, *others)
+    saving, saving_values = gradients_of_a_step(*NO_ZERO_GRADIENTS, *others, *flags)
+    assert_equal_gradients(whole, saving, 1e-10)
+    assert saving_values == pytest.approx(values, rel=1e-10)
+
+
+def test_recomputing_keeps_fewer_activations(start):
+    def kept(*flags):
+        state, c, image_set = start(*flags)
+        batch, total = training_step.draw_batch(state, c, image_set, 0), 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            training_step.generate(state.generator, batch)
+        return total
+
+    assert kept("--recompute-activations") < 0.7 * kept()
+
+
+@pytest.mark.parametrize("every, chosen", [(1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3]), (9, [0])])
+@pytest.mark.parametrize("micro_batch", ["0", "1", "2"])
+def test_the_critics_loss_is_its_terms_with_a_penalty_on_every_gp_every_th_image(float64, start, every, chosen,
+                                                                                 micro_batch):
+    state, c, image_set = start("--gp-every", str(every), "--micro-batch", micro_batch, "--lambda-drift", "0.5")
+    batch = training_step.draw_batch(state, c, image_set, 0)
+    with torch.no_grad():
+        fake = state.generator(batch.z, changes=batch.changes)
+        real_score, fake_score = state.critic(batch.real), state.critic(fake)
+    x_hat = losses.interpolate(batch.real, fake, batch.e)[chosen]
+    penalty = (losses.gradient_norm(state.critic, x_hat) - 1).square().mean().item()
+    gap = (real_score.mean() - fake_score.mean()).item()
+    drift = (real_score.square().mean() + fake_score.square().mean()).item() / 2
+
+    values = training_step.training_step(state, c, image_set)
+    assert values["score_gap"].item() == pytest.approx(gap, rel=1e-9)
+    assert values["gradient_penalty"].item() == pytest.approx(penalty, rel=1e-9)
+    assert values["critic_loss"].item() == pytest.approx(-gap + 0.5 * drift + 10 * penalty, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------- randomness
+
+def test_a_step_leaves_the_global_generators_alone(start):
+    state, c, image_set = start("--flip", "--feedback-prob", "1")
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    training_step.training_step(state, c, image_set)
+    assert torch.equal(before, torch.get_rng_state()) and np.array_equal(numpy_before, np.random.get_state()[1])
+
+
+def test_a_step_is_a_function_of_the_seed(start):
+    after = []
+    for seed in ("1", "1", "2"):
+        torch.manual_seed(len(after))
+        state, c, image_set = start("--seed", seed)
+        training_step.training_step(state, c, image_set)
+        after.append(weights(state.generator))
+    assert torch.equal(after[0], after[1]) and not torch.equal(after[0], after[2])
+
+
+def test_the_critic_sees_each_image_once_per_epoch_with_several_updates_per_step(start):
+    state, c, image_set = start("--n-critic", "3")
+    batches = [training_step.draw_batch(state, c, image_set, critic_update) for critic_update in range(3)]
+    seen = torch.cat([batch.real for batch in batches]).flatten(1)
+    assert len(seen.unique(dim=0)) == len(image_set.train) == 12
+    assert len(torch.cat([batch.z for batch in batches]).unique(dim=0)) == 12
+
+
+# ------------------------------------------------------------------------------------- updates
+
+def test_each_update_moves_its_own_weights_only(start, monkeypatch):
+    state, c, image_set = start()
+    sides, moved, apply_if_finite = (state.critic, state.generator), [], update.apply_if_finite
+
+    def keep(state, model, optimizer):
+        before = [weights(side) for side in sides]
+        apply_if_finite(state, model, optimizer)
+        moved.append([not torch.equal(weights(side), old) for side, old in zip(sides, before)])
+
+    monkeypatch.setattr(update, "apply_if_finite", keep)
+    training_step.training_step(state, c, image_set)
+    assert moved == [[True, False], [False, True]]
+    assert all(p.requires_grad for p in state.critic.parameters())
+
+
+def test_the_first_step_moves_weights_by_the_learning_rate_and_the_layer_by_its_share(start):
+    state, c, image_set = start("--learning-rate", "1e-2", "--layer-rate", "0.5", "--critic-learning-rate", "1e-3")
+    parts = state.generator.vae.from_z, state.generator.layer.to_tokens, state.critic.to_score
+    before = [part.weight.detach().clone() for part in parts]
+    training_step.training_step(state, c, image_set)
+    moved = [(part.weight - old).abs().median().item() for part, old in zip(parts, before)]
+    assert moved == pytest.approx([1e-2, 5e-3, 1e-3], rel=1e-3)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(start, monkeypatch):
+    state, c, image_set = start()
+    draw_batch = training_step.draw_batch
+
+    def bad_batch(*arguments):
+        batch = draw_batch(*arguments)
+        batch.real[0, 0, 0, 0] = float("nan")
+        return batch
+
+    before = weights(state.critic), weights(state.generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "draw_batch", bad_batch)
+        training_step.training_step(state, c, image_set)
+    state.count_skipped()
+    assert torch.equal(before[0], weights(state.critic)) and torch.equal(before[1], weights(state.generator))
+    assert all(entry["step"] == 0 for entry in state.critic_optimizer.state.values())      # Adam's count too
+    assert (state.counters["skipped_updates"], state.counters["skipped_in_a_row"]) == (2, 1)
+    training_step.training_step(state, c, image_set)
+    state.count_skipped()
+    assert (state.counters["skipped_updates"], state.counters["skipped_in_a_row"]) == (2, 0)
+
+
+def test_the_average_starts_as_a_copy_and_has_its_half_life(start):
+    state, c, _ = start("--ema-half-life-kimg", "0.04", "--ema-ramp", "1e9")        # 40 images: 10 batches of 4
+    for model, value in ((state.generator, 1.0), (state.ema, 0.0)):
+        for p in model.parameters():
+            p.data.fill_(value)
+    state.counters["images_seen"] = 4
+    for _ in range(10):
+        update.update_ema(state, c)
+    torch.testing.assert_close(weights(state.ema), torch.full_like(weights(state.ema), 0.5), atol=1e-5, rtol=0)
+    state.counters["images_seen"] = 0
+    update.update_ema(state, c)
+    assert torch.equal(weights(state.ema), weights(state.generator))
+
+
+def test_both_updates_of_a_step_share_one_pass_of_the_generator(start, monkeypatch):
+    state, c, image_set = start("--n-critic", "2")
+    batch_sizes, decode = [], state.generator.vae.decode
+    monkeypatch.setattr(state.generator.vae, "decode", lambda z: batch_sizes.append(len(z)) or decode(z))
+    training_step.training_step(state, c, image_set)
+    assert batch_sizes == [4, 8]                  # fakes of the first critic update; then fakes and reconstructions
+
+
+def test_constant_alpha_trains_without_the_transformer(start):
+    state, c, image_set = start("--alpha-span", "1")
+    layer = state.generator.layer
+    layer.transformer.forward = layer.encode = None                         # a call would fail
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), torch.tanh(3 * (2 * x - 1)))
+    before = weights(layer)
+    values = training_step.training_step(state, c, image_set)
+    assert (values["alpha_min"], values["alpha_max"], values["alpha_spread"]) == (3, 3, 0)
+    assert torch.equal(weights(layer), before) and all(p.grad is None for p in layer.parameters())
+
+
+# ------------------------------------------------------------------------------------- feedback
+
+def test_earlier_images_are_a_walk_that_ends_at_the_image(start):
+    state, c, image_set = start("--feedback-prob", "1", "--num-frames", "16")
+    batch = training_step.draw_batch(state, c, image_set, 0)
+    earlier = training_step.earlier_images(state.generator, batch.z, batch.changes, batch.walk)
+    assert earlier.shape == (4, 15 * 3, 32, 32) and not earlier.requires_grad
+    assert earlier.min() >= 0 and earlier.max() <= 1
+    with torch.no_grad():
+        now = (1 + state.generator(batch.z, changes=batch.changes)) / 2
+    distance = [(frame - now).abs().mean().item() for frame in earlier.chunk(15, dim=1)]
+    assert distance == sorted(distance) and 0 < distance[0] < 0.7 * distance[-1]
+    still = batch.walk._replace(share=torch.zeros_like(batch.walk.share))
+    earlier = training_step.earlier_images(state.generator, batch.z, batch.changes, still)
+    torch.testing.assert_close(earlier, now.repeat(1, 15, 1, 1))
+
+
+def test_feedback_updates_come_with_their_probability_and_change_the_image(start):
+    state, c, image_set = start("--feedback-prob", "0.3")
+    chosen = 0
+    for state.counters["step"] in range(200):
+        chosen += training_step.draw_batch(state, c, image_set, 0).walk is not None
+    assert 40 <= chosen <= 80                                      # 60, with a standard deviation of 6.5
+    made = []
+    for c.FEEDBACK_PROB in (0.0, 1.0):
+        batch = training_step.draw_batch(state, c, image_set, 0)
+        made.append(training_step.generate(state.generator, batch))
+    assert torch.equal(made[0].mu, made[1].mu) and not torch.allclose(made[0].alpha, made[1].alpha, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------- precision, CUDA
+
+def test_scores_image_alpha_and_penalty_stay_float32_under_bfloat16_autocast(start):
+    """With fake tensors, which have the dtypes that autocast gives them but compute nothing."""
+    state, c, image_set = start("--gp-every", "1")
+    batch, inside = training_step.draw_batch(state, c, image_set, 0), []
+    for conv in (state.generator.vae.encoder[0][0], state.generator.layer.to_tokens, state.critic.blocks[0][0]):
+        conv.register_forward_hook(lambda module, inputs, out: inside.append(out.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        generated = training_step.generate(state.generator, batch)
+        score = state.critic(batch.real)
+        (critic_loss, _), (penalty, _) = training_step.critic_terms(state, c, batch)
+    assert inside[0] == torch.bfloat16 and inside[-2] == torch.bfloat16
+    assert inside[-1] == torch.float32                             # the penalty's pass through the critic
+    assert {tensor.dtype for tensor in (*generated, score, critic_loss, penalty)} == {torch.float32}
+
+
+def test_the_cpu_does_not_use_autocast(start):
+    state, c, _ = start()
+    enabled = [torch.is_autocast_enabled("cpu") for _ in update.in_mixed_precision(state, c, iter([1, 2]))]
+    assert enabled == [False, False]
+
+
+def test_recorded_steps_are_dropped_with_the_rates_and_the_state_that_they_hold(start):
+    state, c, _ = start()
+    for change in (lambda: state.set_learning_rates(c), lambda: state.load_state_dict(state.state_dict())):
+        state.graphs["kind"] = update.RecordedStep(training_step.updates)
+        change()
+        assert not state.graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU")
+def test_a_step_on_cuda_waits_for_the_device_at_most_once(start):
+    state, c, image_set = start("--device", "cuda")
+    for _ in range(update.RecordedStep.WARM_UP + 1):
+        training_step.training_step(state, c, image_set)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training_step.training_step(state, c, image_set)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("flags", [(), ("--n-critic", "2"), ("--feedback-prob", "0.5"), ("--micro-batch", "2"),
+                                   ("--recompute-activations",)])
+def test_a_recorded_step_equals_a_plain_step(flags, start):
+    """In full float32, so that only the order of sums differs."""
+    ends = []
+    for graph in ("--cuda-graph", "--no-cuda-graph"):
+        state, c, image_set = start("--device", "cuda", "--no-bfloat16", "--no-tf32", graph, *flags)
+        update.set_up(state.device, c)
+        origin = weights(state.generator)
+        for _ in range(12):
+            values = training_step.training_step(state, c, image_set)
+        assert bool(state.graphs) == (graph == "--cuda-graph")
+        ends.append((weights(state.generator) - origin, {name: value.item() for name, value in values.items()}))
+    (moved, values), (plain_moved, plain_values) = ends
+    assert (moved - plain_moved).norm() < 0.1 * plain_moved.norm()
+    assert values == pytest.approx(plain_values, rel=0.05, abs=0.02)
