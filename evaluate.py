@@ -240,6 +240,7 @@ def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, 
 # ------------------------------------------------------------------------------------- what is printed and drawn
 
 def print_value(name: str, value: float, meaning: str) -> None:
+    """Prints one line, at once also into a pipe, because the next value may take minutes."""
     print(f"{name:20} {value:8.3f}    {meaning}", flush=True)
 
 
@@ -346,6 +347,7 @@ def is_run(path: str) -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """Returns the arguments, `out` with its default for a run. Raises InputError."""
     parser = command_line.Parser("evaluate.py", __doc__)
     parser.add_argument("path", metavar="RUN_OR_DIR", help="a run's folder, a checkpoint file, or a folder of images")
     parser.add_argument("--data", required=True, metavar="DIR", help="real images; for a run, its training images")
@@ -369,6 +371,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def start(argv: Sequence[str] | None) -> None:
+    """Evaluates what the command line names. Raises InputError."""
     arguments = parse(argv)
     c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     device, generator = command_line.choose_device(arguments.device), None
