@@ -39,17 +39,15 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
-import checkpoints
 import command_line
 import config
 import data
 import metrics
-import model_definitions
 import pictures
 import random_keys
+from command_line import InputError
 from data import ImageSet
-from errors import InputError
-from model_definitions import Generator
+from model_definitions import Generator, load_generator
 
 LEAST = 4                   # images on each side: precision and recall use the third neighbour
 BATCH = 64                  # images per batch, except:
@@ -376,8 +374,7 @@ def start(argv: Sequence[str] | None) -> None:
     c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     device, generator = command_line.choose_device(arguments.device), None
     if is_run(arguments.path):
-        _, saved = checkpoints.find(arguments.path, device, warn=lambda line: print(line, file=sys.stderr))
-        generator, c = model_definitions.from_checkpoint(saved, device)
+        generator, c, _ = load_generator(arguments.path, device)
     extractor = choose_extractor(arguments.extractor, device)
     if extractor is None and arguments.extractor == "auto":
         print(f"no Frechet distance: {NO_WEIGHTS}")
