@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import checkpoints
 import command_line
-from errors import InputError
+from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
 MARKER = "demo_set.json"

@@ -39,17 +39,15 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
-import checkpoints
 import command_line
 import config
 import data
 import metrics
-import model_definitions
 import pictures
 import random_keys
+from command_line import InputError
 from data import ImageSet
-from errors import InputError
-from model_definitions import Generator
+from model_definitions import Generator, load_generator
 
 LEAST = 4                   # images on each side: precision and recall use the third neighbour
 BATCH = 64                  # images per batch, except:
@@ -240,6 +238,7 @@ def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, 
 # ------------------------------------------------------------------------------------- what is printed and drawn
 
 def print_value(name: str, value: float, meaning: str) -> None:
+    """Prints one line, at once also into a pipe, because the next value may take minutes."""
     print(f"{name:20} {value:8.3f}    {meaning}", flush=True)
 
 
@@ -346,6 +345,7 @@ def is_run(path: str) -> bool:
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
+    """Returns the arguments, `out` with its default for a run. Raises InputError."""
     parser = command_line.Parser("evaluate.py", __doc__)
     parser.add_argument("path", metavar="RUN_OR_DIR", help="a run's folder, a checkpoint file, or a folder of images")
     parser.add_argument("--data", required=True, metavar="DIR", help="real images; for a run, its training images")
@@ -369,12 +369,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 
 def start(argv: Sequence[str] | None) -> None:
+    """Evaluates what the command line names. Raises InputError."""
     arguments = parse(argv)
     c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     device, generator = command_line.choose_device(arguments.device), None
     if is_run(arguments.path):
-        _, saved = checkpoints.find(arguments.path, device, warn=lambda line: print(line, file=sys.stderr))
-        generator, c = model_definitions.from_checkpoint(saved, device)
+        generator, c, _ = load_generator(arguments.path, device)
     extractor = choose_extractor(arguments.extractor, device)
     if extractor is None and arguments.extractor == "auto":
         print(f"no Frechet distance: {NO_WEIGHTS}")

@@ -33,15 +33,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoints
 import command_line
 import data
 import latent_space
 import pictures
-import random_keys
-from command_line import positive
-from errors import InputError
-from model_definitions import Generator, from_checkpoint
+from command_line import InputError, positive
+from model_definitions import Generator, load_generator
 
 BATCH = 16                                        # images per pass through the generator
 GRID_LIMIT = 256                                  # images on a sheet at most
@@ -288,7 +285,7 @@ def synthetic_frames(generator: Generator, flags: Namespace) -> tuple[Iterator[n
     same through the layer."""
     layer = generator.layer
     x = generator.vae.decode(on_device(generator, latent_space.draw_z(flags.seed, 0, 4, generator.vae.latent_dim)))
-    changes = layer.video.draw(random_keys.torch_generator(flags.seed, "generate", 0)).to(x)
+    changes = layer.video.draw(latent_space.rng_of_image(flags.seed, 0)).to(x)
     frames = layer.video(x, changes).clamp(0, 1).chunk(layer.video.num_frames, dim=1)
 
     def sheet(frame):
@@ -369,8 +366,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 def start(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     device = command_line.choose_device(flags.device)
-    _, saved = checkpoints.find(flags.run, device, warn=lambda line: print(line, file=sys.stderr))
-    generator, c = from_checkpoint(saved, device)
+    generator, c, saved = load_generator(flags.run, device)
     flags.axes = saved.get("axes")                         # written when the run ended
     for flag, make in SHEETS.items():
         if getattr(flags, flag):

@@ -16,11 +16,15 @@ import data
 import random_keys
 
 
+def rng_of_image(seed: int, index: int) -> torch.Generator:
+    """Returns the torch.Generator of image `index` of a seed."""
+    return random_keys.torch_generator(seed, "generate", index)
+
+
 def draw_z(seed: int, first: int, count: int, latent_dim: int) -> Tensor:
     """Returns z (count, LATENT_DIM) on the CPU, for the images first, first + 1, ...: each image has a key of its own,
     so it does not depend on `count`."""
-    return torch.stack([torch.randn(latent_dim, generator=random_keys.torch_generator(seed, "generate", first + i))
-                        for i in range(count)])
+    return torch.stack([torch.randn(latent_dim, generator=rng_of_image(seed, first + i)) for i in range(count)])
 
 
 def spherical(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:

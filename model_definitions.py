@@ -8,6 +8,7 @@ Sizes are keyword arguments, with the values of config.py as defaults; `build` p
 
 import functools
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -481,8 +482,8 @@ class Generator(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, device="cpu") -> "Generator":
-        """Loads the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
-        return from_checkpoint(checkpoints.find(path, device)[1], device)[0]
+        """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
+        return load_generator(path, device)[0]
 
     def image_and_alpha(self, z: Tensor, earlier: Tensor | None = None,
                         changes: Changes | None = None) -> tuple[Tensor, Tensor]:
@@ -539,3 +540,10 @@ def from_checkpoint(saved: dict, device="cpu") -> tuple[Generator, SimpleNamespa
     generator, _ = build(c)
     generator.load_state_dict(saved["ema"])
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), c
+
+
+def load_generator(path: str | Path, device="cpu") -> tuple[Generator, SimpleNamespace, dict]:
+    """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file, the run's constants, and all
+    that the file holds. Prints damaged files that it skips to stderr. Raises InputError."""
+    _, saved = checkpoints.find(path, device, warn=lambda line: print(line, file=sys.stderr))
+    return *from_checkpoint(saved, device), saved

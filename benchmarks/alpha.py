@@ -23,7 +23,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoints
 import command_line
 import data
 import evaluate
@@ -31,7 +30,7 @@ import latent_space
 import metrics
 import model_definitions
 import pictures
-from errors import InputError
+from command_line import InputError
 from model_definitions import Discriminator, Generator
 
 BATCH = 32
@@ -135,8 +134,7 @@ def start(argv: Sequence[str] | None) -> None:
     if flags.sheet and Path(flags.sheet).suffix.lower() not in (".png", ".webp"):
         raise InputError(f"--sheet {flags.sheet} is invalid: must end with .png or .webp")
     device = command_line.choose_device("auto")
-    _, saved = checkpoints.find(flags.run, device)
-    generator, c = model_definitions.from_checkpoint(saved, device)
+    generator, c, saved = model_definitions.load_generator(flags.run, device)
     extractor, real, critic = None, None, None
     if flags.data:
         extractor = evaluate.need_extractor(device)

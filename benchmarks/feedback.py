@@ -20,7 +20,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkpoints
 import command_line
 import data
 import generate
@@ -61,7 +60,7 @@ def start(argv: Sequence[str] | None) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of walk and random head [%(default)s]")
     flags = parser.parse_args(argv)
     device = command_line.choose_device("auto")
-    generator, c = model_definitions.from_checkpoint(checkpoints.find(flags.run, device)[1], device)
+    generator, c, _ = model_definitions.load_generator(flags.run, device)
     count = PLACES[-1] + REACH
     keyframes = latent_space.draw_z(flags.seed, 0, count // FRAMES_PER_KEYFRAME + 1, c.LATENT_DIM)
     z = latent_space.walk(keyframes, count, loop=False).to(device)
