@@ -30,10 +30,9 @@ from torch import Tensor
 
 import checkpoints
 import command_line
-import config
 import latent_space
 import model_definitions
-from errors import InputError, RunError
+from command_line import InputError, RunError
 from model_definitions import Generator
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -71,7 +70,7 @@ def megabytes(*files: Path) -> str:
 
 def weights_only(saved: dict, about: str = "") -> dict:
     """Returns what a shared file holds of a checkpoint: averaged weights in half precision, and no private paths."""
-    constants = {**saved["constants"], "RUNS_DIR": config.RUNS_DIR,
+    constants = {**saved["constants"], "RUNS_DIR": "runs",
                  "DATA": PureWindowsPath(saved["constants"]["DATA"]).name}      # splits at / and at \
     weights = {"constants": constants,
                "ema": {name: tensor.half() if tensor.is_floating_point() else tensor
