@@ -85,8 +85,9 @@ def test_real_run_becomes_one_page(run, tmp_path, capsys):
         for kind in report.KINDS:
             with Image.open(folder / "samples" / f"step_{point['step']:08d}_{kind}.png") as sheet, \
                     decoded(data["pictures"][point[kind]][0]) as shown:
-                if kind == "alpha":
-                    sheet = sheet.crop((0, 0, *shown.size))      # the page draws the scale itself
+                if kind == "alpha":                              # the page draws the scale itself
+                    assert shown.size == tuple(data["pictures"][point["generated"]][1:])
+                    sheet = sheet.crop((0, 0, *shown.size))
                 assert shown.size == sheet.size
                 assert np.abs(np.asarray(shown, int) - np.asarray(sheet.convert("RGB"), int)).mean() < 12
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -210,6 +210,15 @@ def test_a_value_that_comes_back_in_time_is_not_warned_of(tmp_path, capsys):
     assert "Try " not in capsys.readouterr().out
 
 
+def test_a_value_is_warned_of_once_even_if_it_leaves_its_range_again(tmp_path, capsys):
+    log = run_log.Log(tmp_path, log_constants("--steps", "1000"), 0)
+    for step in range(2, 60, 2):
+        norm = 1.2 if step == 20 else 20.0
+        log.step(SimpleNamespace(counters=counters(step)), tensors(gradient_norm=norm))
+    log.close()
+    assert capsys.readouterr().out.count("Try ") == 1
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (89, "89 s"), (600, "10 min"), (5399, "90 min"),
                                                 (9000, "2.5 h")])
 def test_durations_in_words(seconds, words):
