@@ -26,7 +26,7 @@ import checkpoints
 import command_line
 import config
 import pictures
-from errors import InputError
+from command_line import InputError
 from run_log import HEALTHY, Value, duration, range_of, range_words
 
 TEMPLATE = Path(__file__).with_name("report_page.html")

@@ -21,8 +21,6 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-import command_line
-import config
 import data
 import pictures
 import random_keys
@@ -130,15 +128,15 @@ def range_words(limits: tuple[float, float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def healthy_table() -> str:
-    """Returns the Markdown table of HEALTHY for docs/running.md."""
+def healthy_table(c: SimpleNamespace) -> str:
+    """Returns the Markdown table of HEALTHY, with alpha's ranges for the constants c, for docs/running.md."""
     rows = ["| value | what it is | healthy |", "| --- | --- | --- |"]
     for value in HEALTHY:
         found = []
         if isinstance(value.healthy, dict):
             found.append(", ".join(f"{range_words(ends)} at {side} px" for side, ends in value.healthy.items()))
         elif value.healthy:
-            found.append(range_words(range_of(value.healthy, config)))
+            found.append(range_words(range_of(value.healthy, c)))
         found += [value.trend] if value.trend else []
         found += [f"from step {value.from_step} on"] if value.from_step else []
         name = f"`{value.key}`" + (f" ({value.bar})" if value.bar else "")
@@ -169,10 +167,8 @@ def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int) -> str
         return text + f"; --minutes {c.MINUTES:g} ends before that"
     if left <= 86400:
         return text
-    smaller = [side for side in command_line.IMAGE_SIZES
-               if side < c.IMAGE_SIZE and side % c.PATCH == 0 and left * (side / c.IMAGE_SIZE) ** 2 < 86400]
-    other = f", or --image-size {smaller[-1]} in a new run" if smaller else ""
-    return text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}{other}"
+    return (text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}, or a smaller --image-size in a "
+            "new run")
 
 
 def print_start(c: SimpleNamespace, state, image_set) -> None:
