@@ -1,4 +1,4 @@
-# Two commands that do everything on a fresh machine: `make demo` and `make test`. Windows without make: see README.md.
+# `make demo` and `make test` work on a fresh machine. Without make, or on Windows: see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := demo
@@ -8,7 +8,7 @@ RUN := demo
 demo: .venv/run.stamp
 	$(BIN)/python training.py --image-size 64 --minutes 10 --run $(RUN)
 	$(BIN)/python generate.py runs/$(RUN) --images 64 --seed 1 --out runs/$(RUN)/generated
-	@echo "pictures: runs/$(RUN)/samples, the newest last, and runs/$(RUN)/generated/grid.png"
+	@echo "images: runs/$(RUN)/generated/grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2
@@ -19,7 +19,7 @@ test-slow: .venv/dev.stamp
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 
-# A half-made environment would be taken for a whole one at the next call.
+# Deletes .venv on failure: the next call would take an incomplete environment for a complete one.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv || (rm -rf .venv; false)
 

@@ -47,8 +47,10 @@ def atomic_write(file: str | Path) -> Iterator[BinaryIO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(file)           # a full disk does not name the file
         raise
     if os.name == "posix":                       # the new name reaches the disk only with its folder
         folder = os.open(file.parent, os.O_RDONLY)

@@ -1,221 +1,191 @@
-"""Images: one pass over a folder scans, decodes and caches; training then reads one packed memory map.
+"""Images: one pass over a folder finds, decodes and caches them; training then reads one memory map of pixels.
 
     images = load_images("./images", image_size=128, channels=3, cache_dir="runs/.cache")
     rows = images.train[batch_indices(len(images.train), SEED, position, batch_size)]
     image = to_image(read_batch(images, rows).to(device))    # (B, C, H, W), in [-1, 1]
 
-Flat, class and nested folders work; links are followed, and no folder is read twice. Names that begin with a
-dot (macOS leaves ._photo.jpg beside photo.jpg) and files with other extensions are passed over in silence. A
-file is decoded again only when its size or time of change is another. The cache may be deleted at any time.
+Flat folders, class folders and nested folders work. Names with a leading dot (macOS writes ._photo.jpg beside
+photo.jpg) and files with other extensions are ignored. A file is decoded again only when its size or its time of
+change differs. The cache may be deleted at any time.
 """
 
 import collections
 import contextlib
-import dataclasses
-import errno
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 import re
 import shutil
 import signal
 import stat
 import sys
 import threading
-import time
 import types
-import typing
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import filelock  # torch needs it, as torchvision Pillow
 import numpy as np
 from PIL import Image, ImageOps, features
 from tqdm import tqdm
 
-from errors import InputError
+import checkpoints
+from errors import InputError, RunError
 
-# torch and torchvision are imported inside the functions that need them: scan processes import this file and
-# need Pillow alone, and so start in 0.3 s instead of 6 s, without the memory that torch's libraries take.
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")    # in any case
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")    # MPO: JPEGs of some cameras
-PIXEL_LIMIT = 178_000_000    # larger pictures are refused undecoded (Pillow's own limit is close to it)
-CACHE_FORMAT = 1             # raise it when the cache's layout or the decoding changes: all is then read anew
-CHUNK = 16                   # files a scan process takes at once
-POOL_FROM = 100              # with fewer files than this, starting processes costs more than it saves
-HASH = re.compile("[0-9a-f]{32}")    # of an image's pixels
-SAVE_SECONDS = 2             # a killed scan loses at most this much work
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")    # MPO: JPEG files of some cameras
+PIXELS_ALWAYS = 2 ** 24      # a file may always claim this many pixels; Pillow's own limit is 178,956,970 ...
+PIXELS_PER_BYTE = 10_000     # ... and between the two a file must hold at least one byte for so many pixels
+CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
+CHUNK = 16                   # files that a scan process decodes per task
+AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
+POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
+SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
 
-ORIENTATION = {    # EXIF orientation to the transposition that makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+PathLike = str | os.PathLike
+_T = Image.Transpose
+TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
+             7: _T.TRANSVERSE, 8: _T.ROTATE_90}    # EXIF orientation -> what makes the picture upright
 
 
-class Unusable(Exception):
-    """A file that cannot become a training image; the message is the reason, short and without the path."""
-
-
-@dataclasses.dataclass
+@dataclass
 class ImageSet:
-    """The usable images of one folder, in the order of their paths.
+    """The usable images of one folder, sorted by path.
 
     images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/".
-    train, held_out: int64 indices into images. skipped: (relative path, reason) of each unusable file.
+    train, held_out: int64 indices into images. skipped: (relative path, reason) of each file that cannot be used.
     """
 
-    images: np.memmap
-    paths: list
+    images: np.ndarray
+    paths: list[str]
     train: np.ndarray
     held_out: np.ndarray
-    skipped: list
+    skipped: list[tuple[str, str]]
 
 
-def printable(path):
-    """A path for one line of text: line breaks, control characters and bytes that are no text are escaped."""
+class Decoded(NamedTuple):
+    """One decoded file: (H, W, C) uint8 and a hash of it as a number in [0, 1), or the reason why there are none."""
+
+    pixels: np.ndarray | None = None
+    key: float | None = None
+    reason: str | None = None
+    retry: bool = False    # the reason may pass: the next start tries again
+
+
+def printable(path: PathLike) -> str:
+    """Returns the path in one line of text: escapes control characters and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
 
 
-# ---------------------------------------------------------------- one file to one image
+# ------------------------------------------------------------------------------------- decoding
 
 def _eight_bit(picture):
-    """An opened picture as mode L, RGB or RGBA; 16-bit grey (0..65535) and float grey (0..1) are scaled."""
+    """Returns the picture in mode L, RGB or RGBA; scales 16-bit grey (0 to 65535) and float grey (0 to 1)."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        top = 1 if picture.mode == "F" else 65535
-        values = np.asarray(picture)
-        if not (values.min() >= 0 and values.max() <= top):    # written so that NaN is refused too
-            raise Unusable(f"pixel values outside 0 to {top}")
+        values, top = np.asarray(picture), 1 if picture.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= top):    # in this form it also refuses NaN
+            raise ValueError(f"pixel values outside 0 to {top}")
         return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         return picture.convert("RGBA")
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-def _orientation(picture):
-    """The transposition that the loaded picture's EXIF asks for, or None; damaged EXIF asks for nothing."""
-    try:
-        return ORIENTATION.get(picture.getexif().get(0x0112))
-    except Exception:    # the parser raises what it likes on damaged bytes, while the picture itself is fine
-        return None
+def _pixels(path, settings):
+    """Returns one file as (H, W, C) uint8: upright, short side resized to image_size, centre crop.
 
-
-def _decode(path, image_size, channels, background):
-    """One file as (H, W, C) uint8: upright, its short side resized to image_size, the centre cut out.
-
-    Transparent parts show `background`, three levels in 0..255. Raises Unusable or whatever Pillow raises.
+    Transparent parts show the grey level `background`. Raises ValueError, or whatever Pillow raises.
     """
-    if os.path.getsize(path) == 0:
-        raise Unusable("empty file")
-    known = [name for name in FORMATS if name in Image.OPEN]
-    pillows_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None    # PIXEL_LIMIT stands in for it
-    try:
-        picture = Image.open(path, formats=known)
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillows_limit
-    with picture:
+    image_size, channels, background = settings
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")    # opening a pipe would wait for ever
+    if status.st_size == 0:
+        raise ValueError("empty file")
+    Image.init()    # registers the formats that this Pillow was built with
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
         width, height = picture.size
-        if width * height > PIXEL_LIMIT:
-            raise Unusable(f"{width} x {height} pixels, more than the limit of {PIXEL_LIMIT:,}")
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, no smaller than twice what is needed.
+        limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * status.st_size
+        if width * height > limit:
+            raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of this size")
+        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.
         picture.draft("L" if channels == 1 else "RGB", (2 * image_size, 2 * image_size))
-        picture.load()    # TIFF files become upright here
-        transpose = _orientation(picture)
+        picture.load()    # Pillow turns TIFF files upright here
+        transpose = None
+        with contextlib.suppress(Exception):    # damaged EXIF data raises many errors, while the picture is fine
+            transpose = TRANSPOSE.get(picture.getexif().get(0x0112))
         small = ImageOps.fit(_eight_bit(picture), (image_size, image_size), Image.Resampling.BICUBIC)
     if small.mode == "RGBA":
-        below = Image.new("RGBA", small.size, (*background, 255))
-        below.alpha_composite(small)
-        small = below
+        small = Image.alpha_composite(Image.new("RGBA", small.size, (background, background, background, 255)), small)
     if transpose is not None:
         small = small.transpose(transpose)
     small = small.convert("L" if channels == 1 else "RGB")
     return np.array(small).reshape(image_size, image_size, channels)
 
 
-def _decode_or_reason(path, image_size, channels, background):
-    """(pixels or None, hash or reason, lasting); what does not last is tried again at the next start."""
-    Image.init()
+def _decode(path, settings):
+    """Returns Decoded for one file, with a short reason without the path if it cannot be used."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")    # Pillow warns of odd metadata, which do not matter here
-            pixels = _decode(path, image_size, channels, background)
-        return pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest(), True
-    except Unusable as error:
-        return None, str(error), True
+            warnings.simplefilter("ignore")    # Pillow warns about odd metadata and about large pictures
+            pixels = _pixels(path, settings)
     except Image.UnidentifiedImageError:
-        return None, "not an image in a known format", True
+        return Decoded(reason="not an image in a known format")
     except MemoryError:
-        return None, "not enough memory to decode it", False
-    except Exception as error:    # a damaged file can make a decoder raise anything; none may end the scan
+        return Decoded(reason="not enough memory to decode it", retry=True)
+    except Exception as error:    # a damaged file can make a decoder raise anything; the scan goes on
         if isinstance(error, OSError) and error.errno is not None:
-            return None, _short(error), False
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return None, reason[:100], True
+            return Decoded(reason=_short(error), retry=True)
+        return Decoded(reason=" ".join(str(error).split())[:120] or type(error).__name__)
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+    return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64)
 
 
 def _short(error):
-    """An OSError's reason alone, without number and path."""
-    return (error.strerror or "cannot be read").lower()
+    return (error.strerror or "cannot be read").lower()    # without number and path
 
 
-def _levels(background):
-    """A grey level or three levels, in 0..255, as three levels."""
-    levels = (background,) * 3 if isinstance(background, int) else tuple(background)
-    if len(levels) != 3 or not all(0 <= level <= 255 for level in levels):
-        raise InputError(f"background {background} is neither a grey level from 0 to 255 nor three of them")
-    return levels
+def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
+    """Returns one file as (H, W, C) uint8, decoded as by load_images. Raises InputError."""
+    decoded = _decode(path, (image_size, channels, background))
+    if decoded.pixels is None:
+        raise InputError(f"{printable(path)}: {decoded.reason}")
+    return decoded.pixels
 
 
-def read_photo(path, image_size, channels, background=255):
-    """One photo as (H, W, C) uint8, decoded as load_images does. Raises InputError with one line."""
-    if not os.path.isfile(path):
-        problem = "not a regular file" if os.path.exists(path) else "no such file"
-        raise InputError(f"{printable(path)}: {problem}")
-    pixels, note, _ = _decode_or_reason(path, image_size, channels, _levels(background))
-    if pixels is None:
-        raise InputError(f"{printable(path)}: {note}")
-    return pixels
+# ------------------------------------------------------------------------------------- finding files
 
+def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict, list]:
+    """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted, and [(path, reason)] of others.
 
-# ---------------------------------------------------------------- finding the files
-
-def _walk(root, leave_out=None):
-    """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted by path, and
-    [(relative path, reason)] of what cannot be used.
-
-    Folders are told apart by (device, inode). Links are followed after all real folders, so that an image
-    keeps its real path; links to root or to a folder around it lead nowhere. The folder leave_out below root is
-    passed over.
+    Accepts what torchvision's ImageFolder accepts, and folders without class folders. Reads each folder once. Follows
+    links to folders after all real folders, so that an image keeps its real path, but not to root or its parents. Does
+    not enter the folder leave_out. Raises InputError if root is not a folder or contains nothing like an image.
     """
-    def identity(path):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-
-    around = pathlib.Path(os.path.realpath(root)).parents
-    visited = {identity(folder) for folder in around if folder.exists()}
-    if leave_out is not None and os.path.exists(leave_out) and not os.path.samefile(leave_out, root):
-        visited.add(identity(leave_out))
+    if not os.path.isdir(root):
+        problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
+        raise InputError(f"{printable(root)}: {problem}")
+    real_root = os.path.realpath(root)
+    visited = {str(parent) for parent in Path(real_root).parents}
+    if leave_out is not None:
+        visited |= {os.path.realpath(leave_out)} - {real_root}
     files, skipped = {}, []
     folders, links = [""], collections.deque()
     while folders or links:
         here = folders.pop() if folders else links.popleft()
+        real = os.path.realpath(os.path.join(root, here))
+        if real in visited:
+            continue
+        visited.add(real)
         try:
-            if (key := identity(os.path.join(root, here))) in visited:
-                continue
-            visited.add(key)
-            entries = sorted(os.scandir(os.path.join(root, here)), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
         except OSError as error:
             skipped.append((here or ".", f"folder: {_short(error)}"))
             continue
@@ -228,194 +198,109 @@ def _walk(root, leave_out=None):
                     (links if entry.is_symlink() else folders).append(path)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     status = entry.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        files[path] = (status.st_size, status.st_mtime_ns)
-                    else:
-                        skipped.append((path, "not a regular file"))
+                    files[path] = (status.st_size, status.st_mtime_ns)
             except OSError as error:
                 skipped.append((path, "broken link" if entry.is_symlink() else _short(error)))
+    if not files and not skipped:
+        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
     return dict(sorted(files.items())), skipped
 
 
-def find_files(root, leave_out=None):
-    """torchvision's ImageFolder without its demand for class folders: returns what `_walk` does.
-
-    Raises InputError when root is no folder or holds nothing that looks like an image.
-    """
-    from torchvision.datasets import ImageFolder
-
-    class AnyFolder(ImageFolder):
-        def find_classes(self, directory):
-            return ["all"], {"all": 0}    # the models are unconditional
-
-        def make_dataset(self, directory, **_):
-            self.files, self.skipped = _walk(directory, leave_out)
-            return [(os.path.join(directory, path), 0) for path in self.files]
-
-    if not os.path.isdir(root):
-        problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
-        raise InputError(f"{printable(root)}: {problem}")
-    folder = AnyFolder(root)
-    if not folder.files and not folder.skipped:
-        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
-    return folder.files, folder.skipped
-
-
-# ---------------------------------------------------------------- the cache
-
-class Record(typing.NamedTuple):
-    """One file in the cache. `slot` is its place in the pixel file, or None when the file cannot be used;
-    `note` is the hash of its pixels, or the reason."""
-
-    size: int
-    mtime_ns: int
-    slot: int | None
-    note: str
-
+# ------------------------------------------------------------------------------------- the cache
 
 class Cache:
-    """The decoded images of one folder: a pixel file, one image after the other, and index.jsonl.
+    """The decoded images of one folder: pixels-NUMBER.u8, one image after the other, and index.jsonl.
 
-    The index's first line names the pixel file by number; each further line is [path, *Record], and of two
-    lines on one path the later one counts. A line is added only once its pixels are on the disk, so the index
-    is true at any moment at which the process may be killed.
+    The first line of the index is NUMBER, every other line [path, size, mtime_ns, key, reason]. The k-th line with a
+    key belongs to the k-th image; of several lines with one path the last counts. Lines are appended after their pixels
+    are on the disk, so the cache is valid whenever the process is killed.
+
+    lines: {path: its line}. row: {path: its image in the pixel file}, of usable files. rows: images in the pixel file.
     """
 
-    def __init__(self, folder, image_bytes):
-        self.folder, self.image_bytes = folder, image_bytes
-        self.index = os.path.join(folder, "index.jsonl")
+    def __init__(self, folder: str, image_bytes: int):
+        self.folder, self.image_bytes, self.index = Path(folder), image_bytes, Path(folder, "index.jsonl")
         try:
-            self._read_index()
-        except FileNotFoundError:
-            self._start_empty()
-        except (ValueError, TypeError, LookupError):
-            print(f"{printable(folder)}: the image cache is damaged and is built again", flush=True)
-            self._start_empty()
+            content = self.index.read_bytes()
+            complete = content[:content.rfind(b"\n") + 1]    # without the half line that a killed process wrote
+            self._set(*json.loads(b"[%s]" % complete[:-1].replace(b"\n", b",")))
+            if self.pixel_file.stat().st_size < self.rows * image_bytes:
+                raise ValueError("pixels are missing")
+            os.truncate(self.index, len(complete))
+        except (FileNotFoundError, ValueError, TypeError):
+            if self.index.exists():
+                print(f"{printable(folder)}: the image cache is damaged; decoding all images again", flush=True)
+            self._replace(0, [], [])
 
-    @property
-    def pixel_file(self):
-        return os.path.join(self.folder, f"pixels-{self.number}.u8")
+    def _set(self, number, *lines):
+        self.number, self.pixel_file = number, self.folder / f"pixels-{number:d}.u8"
+        self.lines, self.row, self.rows = {}, {}, 0
+        self._add(lines)
 
-    def _read_index(self):
-        with open(self.index, encoding="ascii") as file:
-            first, *lines, rest = file.read().split("\n")
-        self.number, self.records = int(json.loads(first)["pixels"]), {}
+    def _add(self, lines):
         for line in lines:
-            path, *fields = json.loads(line)
-            self.records[path] = Record(*fields)
-        slots = [record.slot for record in self.records.values() if record.slot is not None]
-        for record in self.records.values():
-            if record.slot is not None and (type(record.slot) is not int or not HASH.fullmatch(record.note)):
-                raise ValueError("a line that no scan writes")
-        if len(set(slots)) < len(slots):
-            raise ValueError("two images in one place")
-        self.slots = max(slots, default=-1) + 1
-        if os.path.getsize(self.pixel_file) < self.slots * self.image_bytes or min(slots, default=0) < 0:
-            raise ValueError("pixels are missing")
-        if rest:    # the process was killed while it wrote this line
-            self._write_index()
+            path, _size, _mtime_ns, key, _reason = line
+            self.lines[path] = line
+            self.row.pop(path, None)
+            if key is not None:
+                if not 0 <= key <= 1:
+                    raise ValueError("not a key")
+                self.row[path], self.rows = self.rows, self.rows + 1
 
-    def _start_empty(self):
-        for name in os.listdir(self.folder):
-            if name.endswith(".u8"):    # removed, never cut short: another run may have it mapped
-                os.remove(os.path.join(self.folder, name))
-        self.number, self.records, self.slots = 0, {}, 0
-        open(self.pixel_file, "wb").close()
-        self._write_index()
+    def state(self, path: str) -> tuple[int, int] | None:
+        """Returns (size, mtime_ns) of the file when it was decoded, or None."""
+        return tuple(self.lines[path][1:3]) if path in self.lines else None
 
-    def _write_index(self):
-        lines = [json.dumps({"pixels": self.number})]
-        lines += [json.dumps([path, *record]) for path, record in self.records.items()]
-        with open(self.index + ".tmp", "w", encoding="ascii", newline="\n") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(self.index + ".tmp", self.index)
+    def in_order(self, paths: list[str]) -> bool:
+        """Returns whether the pixel file contains the images of `paths` in this order, and no others."""
+        return [self.row[path] for path in paths if path in self.row] == list(range(self.rows))
 
-    def save(self, decoded):
-        """Adds [(path, (size, mtime_ns), pixels or None, note)] to both files; pixels get a new slot."""
-        lines = []
+    def append(self, batch: list[tuple[list, np.ndarray | None]]) -> None:
+        """Adds the line and the pixels of some files; pixels are None for a file that cannot be used."""
         with open(self.pixel_file, "r+b") as file:
-            file.seek(self.slots * self.image_bytes)    # over what a killed process wrote and could not note
-            for path, state, pixels, note in decoded:
-                slot = None
-                if pixels is not None:
-                    file.write(pixels.tobytes())
-                    slot, self.slots = self.slots, self.slots + 1
-                self.records[path] = Record(*state, slot, note)
-                lines.append(json.dumps([path, *self.records[path]]) + "\n")
+            file.seek(self.rows * self.image_bytes)    # overwrites pixels of a killed process that have no line
+            file.writelines(pixels for _, pixels in batch if pixels is not None)
             file.flush()
             os.fsync(file.fileno())
-        with open(self.index, "a", encoding="ascii", newline="\n") as file:
-            file.write("".join(lines))
+        lines = [line for line, _ in batch]
+        with open(self.index, "ab") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        self._add(lines)
 
-    def settle(self, paths):
-        """Forgets files that are gone and brings the images into the order of `paths`, the first scan's."""
-        gone = self.records.keys() - set(paths)
-        self.records = {path: self.records[path] for path in paths if path in self.records}
-        slots = [record.slot for record in self.records.values() if record.slot is not None]
-        old = self.pixel_file
-        if slots != list(range(self.slots)):
-            images = np.memmap(old, np.uint8, "r", shape=(self.slots, self.image_bytes))
-            self.number += 1
-            with open(self.pixel_file, "wb") as file:
-                for start in range(0, len(slots), 1024):
-                    file.write(images[slots[start:start + 1024]].tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            new = itertools.count()
-            self.records = {path: record if record.slot is None else record._replace(slot=next(new))
-                            for path, record in self.records.items()}
-            self.slots = len(slots)
-            del images
-        if gone or old != self.pixel_file:
-            self._write_index()
-        if old != self.pixel_file:
-            with contextlib.suppress(OSError):    # Windows keeps a file that another run has mapped
-                os.remove(old)
+    def sort(self, paths: list[str]) -> None:
+        """Rewrites the cache so that it contains `paths` in this order and nothing else."""
+        rows = [self.row[path] for path in paths if path in self.row]
+        images = np.memmap(self.pixel_file, np.uint8, "r", shape=(self.rows, self.image_bytes))
+        blocks = (images[rows[start:start + 1024]] for start in range(0, len(rows), 1024))
+        self._replace(self.number + 1, [self.lines[path] for path in paths], blocks)
+
+    def _replace(self, number, lines, blocks):
+        """Writes another pixel file, then the index that names it. Deletes others: a process may have them mapped."""
+        self._set(number, *lines)
+        with checkpoints.atomic_write(self.pixel_file) as file:
+            file.writelines(blocks)
+        with checkpoints.atomic_write(self.index) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in [number, *lines])
+        for other in set(self.folder.glob("*.u8")) - {self.pixel_file}:
+            with contextlib.suppress(OSError):    # Windows keeps a file that a process has mapped
+                other.unlink()
 
 
-def _cache_folder(root, image_size, channels, background, cache_dir):
-    """One cache for each image folder and each way to decode it."""
-    root = os.path.realpath(root)
-    # A Pillow that learns a format gives files that it could not read another chance.
+def _cache_folder(root, settings, cache_dir, cache_format):
+    """Returns the folder for one image folder, one way to decode it, and one format of the cache."""
+    root, (image_size, channels, background) = os.path.realpath(root), settings
+    # A Pillow that supports another format tries the files again that the cache calls unusable.
     codecs = sorted({"avif", "webp", "libtiff", "jpg", "zlib"} & set(features.get_supported()))
-    key = repr((CACHE_FORMAT, os.fsencode(root), image_size, channels, background, codecs)).encode()
+    key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, codecs)).encode()
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.basename(root))[:40]
     digest = hashlib.blake2b(key, digest_size=6).hexdigest()
     return os.path.join(cache_dir, f"{name}-{image_size}x{channels}-{digest}")
 
 
-@contextlib.contextmanager
-def _locked(folder):
-    """One process at a time writes a cache; a second one waits, then finds the work done."""
-    os.makedirs(folder, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(folder, "lock"))
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            print("another process is reading the same images; waiting for it", flush=True)
-            lock.acquire()
-    except (NotImplementedError, OSError) as error:
-        # A file system without locks: we go on without one.
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            raise
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# ---------------------------------------------------------------- the scan
-
-def _decode_chunk(root, paths, *settings):
-    """What a scan process does: [(pixels or None, note, lasting)] for some files."""
-    return [_decode_or_reason(os.path.join(root, path), *settings) for path in paths]
-
+# ------------------------------------------------------------------------------------- the scan
 
 def _start_scan_process():
-    """Ctrl-C is the parent's to handle, and a process whose parent was killed must not stay behind."""
+    """Leaves Ctrl-C to the parent, and ends this process when the parent was killed."""
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -424,180 +309,161 @@ def _start_scan_process():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _main_module_hidden():
-    """A spawned process imports the main script again, torch and all; scan processes need only this file."""
+def _submit(pool, *task):
+    """Submits a task without the main script, which a new process would import, and torch with it."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
-        yield
+        return pool.submit(*task)
     finally:
         sys.modules["__main__"] = main
 
 
-def _decode_all(root, paths, settings, workers):
-    """Yields (path, pixels, note, lasting) for all paths in their order, decoded by `workers` processes."""
-    if workers == 0 or len(paths) < POOL_FROM:
-        for path in paths:
-            yield path, *_decode_chunk(root, [path], *settings)[0]
+def _decode_files(files, settings):
+    return [_decode(file, settings) for file in files]
+
+
+def _decode_all(files, settings, workers):
+    """Yields Decoded for each file, in order, decoded by `workers` processes (0: by this one)."""
+    if workers == 0 or len(files) < POOL_FROM:
+        yield from (_decode(file, settings) for file in files)
         return
     if workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores, 61)    # Windows waits for no more
+        workers = min(cores, 61)    # Windows cannot wait for more
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_scan_process)
-    chunks = (paths[start:start + CHUNK] for start in range(0, len(paths), CHUNK))
-    waiting = collections.deque()
+    chunks = [files[start:start + CHUNK] for start in range(0, len(files), CHUNK)]
+    ahead, number = AHEAD * workers, 0
     try:
-        while True:
-            # No more than this ahead of the writer: memory stays bounded.
-            for chunk in itertools.islice(chunks, 4 * workers - len(waiting)):
-                with _main_module_hidden():
-                    waiting.append((chunk, pool.submit(_decode_chunk, root, chunk, *settings)))
-            if not waiting:
-                return
-            chunk, future = waiting.popleft()
-            for path, result in zip(chunk, future.result()):
-                yield path, *result
-    except BrokenProcessPool:
-        raise InputError(f"a scan process died near {printable(chunk[0])}, perhaps for lack of memory; start "
-                        "again with --num-workers 1, and it goes on from there") from None
+        futures = collections.deque(_submit(pool, _decode_files, chunk, settings) for chunk in chunks[:ahead])
+        for number in range(len(chunks)):
+            yield from futures.popleft().result()
+            for chunk in chunks[number + ahead:number + ahead + 1]:
+                futures.append(_submit(pool, _decode_files, chunk, settings))
+    except BrokenExecutor:
+        raise RunError(f"a scan process died near {printable(chunks[number][0])}, perhaps for lack of memory; start "
+                       "again with --num-workers 1: the images that were decoded are kept") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def _check_disk(cache, files, kept, cache_dir):
-    """Says before the scan, not in the middle of it, that the decoded images will not fit."""
-    new = itertools.count(cache.slots)
-    slots = [kept[path] if path in kept else next(new) for path in files]
-    slots = [slot for slot in slots if slot is not None]
-    images = len(files) - len(kept)
-    if slots != list(range(len(slots))):    # the cache will be written anew, in order, beside the old one
-        images += len(slots)
-    need, free = images * cache.image_bytes, shutil.disk_usage(cache.folder).free
+def _check_disk(cache, files, todo, cache_dir):
+    """Raises InputError if the disk cannot hold the decoded images."""
+    known = [path for path, state in files.items() if cache.state(path) == state]
+    in_order = cache.in_order(known) and known + todo == list(files)    # if not, all are written again, in order
+    need = (len(todo) if in_order else len(todo) + len(files)) * cache.image_bytes
+    free = shutil.disk_usage(cache.folder).free
     if need > free:
-        raise InputError(f"the decoded images need {need:,} bytes, and the disk of {printable(cache_dir)} has "
-                        f"{free:,} free: make room, or choose a smaller --image-size or another --runs-dir")
+        raise InputError(f"the decoded images need {need:,} bytes, and the disk of {printable(cache_dir)} has {free:,} "
+                         "free: make room, or choose a smaller --image-size or another --runs-dir")
 
 
 def _scan(root, cache, files, todo, settings, workers, progress):
-    """Decodes `todo` into the cache. Returns [(path, reason)] for faults that the next start tries again."""
-    passing, decoded, saved = [], [], time.monotonic()
+    """Decodes `todo` into the cache. Returns [(path, reason)] of the files that the next start tries again."""
     bar = tqdm(total=len(todo), desc="reading images", unit=" images", disable=None if progress else True)
-    if progress and bar.disable:    # no terminal: one plain line
+    if progress and bar.disable:    # the output is not a terminal: one plain line
         print(f"reading {len(todo):,} of {len(files):,} images in {printable(root)}", flush=True)
-    results = _decode_all(root, todo, settings, workers)
+    retry, batch = [], []
+    results = _decode_all([os.path.join(root, path) for path in todo], settings, workers)
     try:
-        for path, pixels, note, lasting in results:
-            if lasting:
-                decoded.append((path, files[path], pixels, note))
-            else:
-                passing.append((path, note))
+        for path, decoded in zip(todo, results):
             bar.update()
-            if time.monotonic() - saved > SAVE_SECONDS:
-                batch, decoded = decoded, []
-                cache.save(batch)
-                saved = time.monotonic()
-    finally:    # Ctrl-C too keeps what is decoded
+            if decoded.retry:
+                retry.append((path, decoded.reason))
+                continue
+            batch.append(([path, *files[path], decoded.key, decoded.reason], decoded.pixels))
+            if len(batch) >= SAVE_EVERY:
+                full, batch = batch, []
+                cache.append(full)
+    finally:    # after Ctrl-C too
         bar.close()
         results.close()
-        if decoded:
-            cache.save(decoded)
-    return passing
+        cache.append(batch)
+    return retry
 
 
-def load_images(root, image_size, channels, cache_dir, background=255, workers=-1, held_out_share=0.02,
-                held_out_min=64, leave_out=None, progress=True):
-    """Scans, decodes and caches the images below `root`; a later call decodes only what is new or changed.
+def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
+                workers: int = -1, held_out_share: float = 0.02, held_out_min: int = 64,
+                leave_out: PathLike | None = None, progress: bool = True) -> ImageSet:
+    """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
-    Each image is image_size x image_size with 1 or 3 channels; transparent parts show `background`, a grey
-    level or three levels, 0..255. `workers` processes decode (-1: one a core, 0: this process alone). About
-    held_out_share of the images is kept from training, none when that is fewer than held_out_min: an image
-    goes where the hash of its pixels sends it, so that equal images stay on one side, and stay there when
-    files are added. `leave_out` is a folder that is not looked into, such as the one that runs write their own
-    pictures to. Returns an ImageSet. Raises InputError.
+    Each image becomes image_size x image_size with 1 or 3 channels; transparent parts show the grey level
+    `background`. `workers` processes decode (-1: one per core, 0: this process). About held_out_share of the images is
+    held out from training, or none if that is fewer than held_out_min. The pixels of an image decide, so equal images
+    are on one side, and stay there when files are added. Does not enter the folder leave_out, for example the folder
+    of the runs. Raises InputError, RunError if a scan process dies, and OSError if the cache cannot be written.
     """
-    root, background = os.path.expanduser(os.fspath(root)), _levels(background)
+    root, cache_dir, settings = os.path.expanduser(root), os.fspath(cache_dir), (image_size, channels, background)
     files, skipped = find_files(root, leave_out)
-    folder = _cache_folder(root, image_size, channels, background, os.fspath(cache_dir))
+    folder = _cache_folder(root, settings, cache_dir, CACHE_FORMAT)
     try:
-        with _locked(folder):
+        with checkpoints.lock(folder, lambda: print("waiting for another process with the same images", flush=True)):
             cache = Cache(folder, image_size * image_size * channels)
-            known = cache.records.items()
-            kept = {path: record.slot for path, record in known if files.get(path) == record[:2]}
-            todo = [path for path in files if path not in kept]
+            todo = [path for path, state in files.items() if cache.state(path) != state]
             if todo:
-                _check_disk(cache, files, kept, cache_dir)
-                settings = (image_size, channels, background)
+                _check_disk(cache, files, todo, cache_dir)
                 skipped += _scan(root, cache, files, todo, settings, workers, progress)
-            passing = {path for path, _ in skipped}
-            cache.settle([path for path in files if path not in passing])
-            usable = {path: record.note for path, record in cache.records.items() if record.slot is not None}
-            skipped += [(path, record.note) for path, record in cache.records.items() if record.slot is None]
-            skipped.sort()
-            if not usable:
-                path, reason = skipped[0]
-                raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the "
-                                f"first is {printable(path)}: {reason}")
-            shape = (len(usable), image_size, image_size, channels)
-            images = np.memmap(cache.pixel_file, np.uint8, "r", shape=shape)
+            known = [path for path, state in files.items() if cache.state(path) == state]
+            if not cache.in_order(known):
+                cache.sort(known)
+            paths = [path for path in known if path in cache.row]
+            shape = (len(paths), image_size, image_size, channels)
+            images = np.memmap(cache.pixel_file, np.uint8, "r", shape=shape) if paths else None
     except OSError as error:
-        raise InputError(f"{printable(folder)}: cannot keep decoded images here: {_short(error)}") from None
-    train, held_out = split(list(usable.values()), held_out_share, held_out_min)
-    return ImageSet(images, list(usable), train, held_out, skipped)
+        error.filename = error.filename or folder    # a full disk does not name the file
+        raise
+    for old_format in range(1, CACHE_FORMAT):
+        shutil.rmtree(_cache_folder(root, settings, cache_dir, old_format), ignore_errors=True)
+    skipped = sorted(skipped + [(path, cache.lines[path][4]) for path in known if path not in cache.row])
+    if not paths:
+        raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
+                         f"{printable(skipped[0][0])}: {skipped[0][1]}")
+    train, held_out = split([cache.lines[path][3] for path in paths], held_out_share, held_out_min)
+    return ImageSet(images, paths, train, held_out, skipped)
 
 
-def load_images_of_run(root, c):
-    """load_images with a run's constants; files that can't be used are counted and named. Raises InputError."""
+def load_images_of_run(root: PathLike, c) -> ImageSet:
+    """Calls load_images with a run's constants; prints how many files cannot be used, and the first ten."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
-    for line in summary_lines(image_set):
-        print(line)
+    skipped, count = image_set.skipped, len(image_set.skipped)
+    lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
+    if skipped:
+        print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used:", *lines, sep="\n")
+    if count > 10:
+        print(f"  and {count - 10:,} more")
     return image_set
 
 
-def split(hashes, share, least):
-    """(train, held_out), int64 indices: i is held out when its hash, as a number in [0, 1), is below share.
+def write_skipped(image_set: ImageSet, file: PathLike) -> None:
+    """Writes one line for every file that cannot be used: its path and the reason."""
+    with checkpoints.atomic_write(file) as out:
+        out.writelines(f"{printable(path)}: {reason}\n".encode() for path, reason in image_set.skipped)
 
-    Nothing is held out when that would be fewer than `least` images, or all.
+
+def split(keys: list[float], share: float, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (train, held_out), int64 indices: image i is held out if keys[i], in [0, 1), is below `share`.
+
+    Holds nothing out if that would be fewer than `least` images, or all.
     """
-    numbers = np.array([int(value[:16], 16) / 2**64 for value in hashes])
-    held_out = np.flatnonzero(numbers < share)
-    if len(held_out) < least or len(held_out) == len(hashes):
-        held_out = held_out[:0]
-    return np.setdiff1d(np.arange(len(hashes)), held_out), held_out
+    below = np.array(keys) < share
+    if below.sum() < least or below.all():
+        below[:] = False
+    return np.flatnonzero(~below), np.flatnonzero(below)
 
 
-def summary_lines(image_set):
-    """Lines that count the files that cannot be used and name the first ten; [] when there is none."""
-    skipped = image_set.skipped
-    if not skipped:
-        return []
-    lines = [f"{len(skipped):,} {'file' if len(skipped) == 1 else 'files'} cannot be used:"]
-    lines += [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
-    return lines + ([f"  and {len(skipped) - 10:,} more"] if len(skipped) > 10 else [])
-
-
-def write_skipped(image_set, file):
-    """Writes every file that cannot be used, with its reason, one a line."""
-    with open(f"{file}.tmp", "w", encoding="utf-8") as out:
-        out.writelines(f"{printable(path)}: {reason}\n" for path, reason in image_set.skipped)
-    os.replace(f"{file}.tmp", file)
-
-
-# ---------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------- batches
 
 @functools.lru_cache(maxsize=4)
 def _permutation(count, seed, purpose, epoch):
-    from random_keys import numpy_generator
-
+    from random_keys import numpy_generator  # imports torch
     return numpy_generator(seed, purpose, epoch).permutation(count)
 
 
-def batch_indices(count, seed, position, batch_size, purpose="order"):
-    """(batch_size,) int64: entries position .. position + batch_size - 1 of an endless chain of permutations.
+def batch_indices(count: int, seed: int, position: int, batch_size: int, purpose: str = "order") -> np.ndarray:
+    """Returns entries position .. position + batch_size - 1 of an endless chain of permutations, (batch_size,) int64.
 
-    Each epoch is a permutation of 0..count-1 of its own, drawn by key (seed, purpose, epoch). A batch at the
-    border takes the rest of one epoch and the start of the next, so each batch is full, also when count is
-    smaller. A pure function of its arguments: a resumed run has nothing to fast-forward.
+    Each epoch is a permutation of 0 .. count - 1, keyed by (seed, purpose, epoch). A batch may span several epochs, so
+    it is always full. The result depends on the arguments alone: a resumed run has nothing to replay.
     """
     parts = []
     while batch_size > 0:
@@ -607,8 +473,8 @@ def batch_indices(count, seed, position, batch_size, purpose="order"):
     return np.concatenate(parts)
 
 
-def read_batch(image_set, indices, flips=None) -> "torch.Tensor":
-    """(B, C, H, W) uint8 in channels_last, a copy: the images at `indices`, mirrored where `flips` (bool) is true."""
+def read_batch(image_set: ImageSet, indices: np.ndarray, flips: np.ndarray | None = None) -> "torch.Tensor":
+    """Returns a copy of the images at `indices`, mirrored where `flips` is true: (B, C, H, W) uint8, channels_last."""
     import torch
 
     batch = image_set.images[indices]    # (B, H, W, C), a copy
@@ -617,16 +483,16 @@ def read_batch(image_set, indices, flips=None) -> "torch.Tensor":
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
 
-def to_image(pixels):
-    """uint8 to float32 in [-1, 1], on the same device."""
+def to_image(pixels: "torch.Tensor") -> "torch.Tensor":
+    """Converts uint8 to float32 in [-1, 1], on the same device."""
     return pixels.float() / 127.5 - 1
 
 
-def to_uint8(image):
-    """[-1, 1] to uint8, rounded and clamped: the exact inverse of to_image."""
+def to_uint8(image: "torch.Tensor") -> "torch.Tensor":
+    """Converts [-1, 1] to uint8, rounded and clamped: the exact inverse of to_image."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def to_arrays(image):
-    """image (N, C, H, W) in [-1, 1] -> uint8 array (N, H, W, C)."""
+def to_arrays(image: "torch.Tensor") -> np.ndarray:
+    """Converts (N, C, H, W) in [-1, 1] to a uint8 array (N, H, W, C)."""
     return to_uint8(image).permute(0, 2, 3, 1).cpu().numpy()

@@ -2,35 +2,41 @@
 
     python demo_images.py images                             # 4,096 owls of 128 x 128 pixels
     python demo_images.py images --count 500 --size 256
-    python demo_images.py images --contact-sheet owls.png    # and 64 small ones on one sheet
+    python demo_images.py images --contact-sheet owls.png    # and the first 64 on one sheet
 
-Forms are distance functions (negative inside, positive outside, 0 on the edge), so that edges are smooth at
-any size and nothing has to be drawn large and shrunk. A picture spans -1..1 both ways, x right and y down.
+Forms are signed distance functions (negative inside, 0 on the edge), so edges are smooth at any size. An image spans
+-1..1 in both directions, x to the right and y down.
 """
 
-import argparse
-import io
 import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT = 1  # goes up when the drawings change, so that an older set is drawn again
-MARKER = "demo_set.json"
+import checkpoints
+import command_line
+from command_line import InputError
 
-# Sky from the zenith to the horizon, then the light's and the shadow's colour: OKLCH, hue in turns.
+FORMAT = 1  # increased when the drawings change, so that an older set is replaced
+MARKER = "demo_set.json"
+Point = tuple[float, float]
+Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
+LIMITS = {"count": (1, 1_000_000), "size": (16, 1024), "seed": (0, 2 ** 63 - 1)}
+
+# OKLCH (lightness, chroma, hue in turns): the sky from the zenith to the horizon, then light and shadow.
 SKIES = {
     "dawn": [(.66, .09, .78), (.80, .10, .97), (.92, .09, .20), (.98, .05, .22), (.66, .07, .85)],
     "day": [(.62, .13, .69), (.78, .09, .65), (.94, .05, .50), (1.0, .02, .28), (.62, .06, .72)],
     "dusk": [(.33, .12, .80), (.55, .17, .97), (.82, .15, .17), (.93, .11, .16), (.48, .12, .85)],
     "night": [(.20, .08, .76), (.33, .10, .73), (.52, .09, .62), (.90, .05, .65), (.40, .10, .76)],
 }
-STARS = {"dawn": 0, "day": 0, "dusk": 0.35, "night": 1}  # their brightness
+STARS = {"dawn": 0, "day": 0, "dusk": 0.35, "night": 1}  # brightness
 GROUND = {"dawn": 0.52, "day": 0.58, "dusk": 0.32, "night": 0.22}  # lightness of the nearest land
 LANDS = ["hills", "mountains", "pines", "sea"]
 EARS = {"none": 0, "short": 0.10, "long": 0.24}  # length of the tufts
@@ -40,7 +46,7 @@ SCHEMES = {"analogous": 0.10, "triadic": 0.33, "split": 0.42, "complementary": 0
 
 
 def factors(index: int, seed: int = 0) -> dict:
-    """What picture `index` shows: independent draws, a pure function of (seed, index)."""
+    """Returns what image `index` shows, {name: value}: independent draws, a function of (seed, index)."""
     rng = np.random.default_rng([seed, index])
 
     def one_of(options):
@@ -61,11 +67,10 @@ def factors(index: int, seed: int = 0) -> dict:
     return background | shape | pose | colour | texture | light
 
 
-# ---------------------------------------------------------------- colour and form
-
+# ------------------------------------------------------------------------------------- colours and forms
 
 def oklch(lightness: float, chroma: float, hue: float) -> np.ndarray:
-    """One OKLCH colour (Ottosson 2020; hue in turns) as sRGB in [0, 1], shape (3, 1, 1)."""
+    """Converts OKLCH (Ottosson 2020; hue in turns) to sRGB in [0, 1], (3, 1, 1)."""
     a, b = chroma * math.cos(2 * math.pi * hue), chroma * math.sin(2 * math.pi * hue)
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     middle = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -78,23 +83,23 @@ def oklch(lightness: float, chroma: float, hue: float) -> np.ndarray:
     return np.array(rgb, np.float32).reshape(3, 1, 1)
 
 
-def length(x, y):
-    return np.sqrt(x * x + y * y)  # several times faster than np.hypot
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(x * x + y * y)              # several times faster than np.hypot
 
 
-def mix(first, second, amount):
+def mix(first: np.ndarray, second: np.ndarray | float, amount: np.ndarray | float) -> np.ndarray:
     return first + (second - first) * amount
 
 
-def ellipse(x, y, centre, radii):
-    """Distance to an ellipse, exact to first order at the edge."""
+def ellipse(x: np.ndarray, y: np.ndarray, centre: Point, radii: Point) -> np.ndarray:
+    """Signed distance to an ellipse, exact to first order at the edge."""
     u, v = (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
     k = length(u, v) + 1e-6
     return k * (k - 1) / (length(u / radii[0], v / radii[1]) + 1e-6)
 
 
-def polygon(x, y, corners):
-    """Distance to a convex polygon, corners clockwise on the screen."""
+def polygon(x: np.ndarray, y: np.ndarray, corners: list[Point]) -> np.ndarray:
+    """Signed distance to a convex polygon, corners clockwise."""
     edges = []
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
         side = math.hypot(x1 - x0, y1 - y0)
@@ -102,59 +107,60 @@ def polygon(x, y, corners):
     return np.maximum.reduce(edges)
 
 
-def join(first, second, blend):
-    """Union of two forms with a soft crease of width `blend`."""
+def join(first: np.ndarray, second: np.ndarray, blend: float) -> np.ndarray:
+    """Union of two forms, rounded over a width of `blend`."""
     h = np.maximum(blend - np.abs(first - second), 0) / blend
     return np.minimum(first, second) - h * h * blend / 4
 
 
-def rotate(x, y, angle, centre):
-    """Coordinates for a form turned by `angle` (clockwise on the screen, radians) about `centre`."""
+def rotate(x: np.ndarray, y: np.ndarray, angle: float, centre: Point) -> Planes:
+    """Coordinates for a form turned clockwise by `angle` (radians) about `centre`."""
     c, s = math.cos(angle), math.sin(angle)
     dx, dy = x - centre[0], y - centre[1]
     return c * dx + s * dy + centre[0], c * dy - s * dx + centre[1]
 
 
 class Scene:
-    """One picture in the making: `canvas` (3, size, size) in [0, 1], the grid, the factors and the light."""
+    """An image while it is drawn: `canvas` (3, size, size) in [0, 1], coordinates, factors `f`, colours, light."""
 
-    def __init__(self, index, size, seed):
+    def __init__(self, index: int, size: int, seed: int):
         self.f = f = factors(index, seed)
-        self.rng = np.random.default_rng([seed, index, 1])  # places of stars, clouds and trees
+        self.rng = np.random.default_rng([seed, index, 1])  # for stars, clouds and trees
         axis = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
         self.x, self.y = np.broadcast_to(axis, (size, size)), np.broadcast_to(axis[:, None], (size, size))
         self.axis, self.pixel = axis, 2 / size
         colours = [oklch(lightness, chroma, hue + f["sky_hue"]) for lightness, chroma, hue in SKIES[f["sky"]]]
         *self.sky, self.light, shadow = colours
         self.shadow = shadow * (1.0 - 0.4 * f["contrast"])
-        away = math.copysign(0.56, f["sun"])  # never behind the owl
+        away = math.copysign(0.56, f["sun"])  # beside the owl
         self.sun = (away + 0.24 * f["sun"], -0.80 + 0.50 * f["sun_height"])
         reach = math.hypot(self.sun[0], self.sun[1], 0.65)
         self.towards = (self.sun[0] / reach, self.sun[1] / reach, 0.65 / reach)
         self.canvas = np.zeros((3, size, size), np.float32)
 
-    def cover(self, distance, soft=1.0):
-        """Coverage in [0, 1] of a form; `soft` widens its edge, in pixels."""
+    def cover(self, distance: np.ndarray, soft: float = 1.0) -> np.ndarray:
+        """Returns the coverage of each pixel by a form, in [0, 1]; soft: width of the edge, pixels."""
         return np.clip(0.5 - distance / (self.pixel * soft), 0, 1)
 
-    def paint(self, cover, colour, lit=None):
-        """Lays `colour` (3, 1, 1) over the canvas where `cover` is 1; `lit` is a volume's light on it."""
-        # One plane at a time: the temporary arrays stay in the processor's cache.
+    def paint(self, cover: np.ndarray, colour: np.ndarray, lit: Planes | None = None) -> None:
+        """Blends `colour` (3, 1, 1) into the canvas with weight `cover`; lit: (facing, rim) from `volume`."""
+        # One channel at a time: the temporary arrays stay in the processor's cache.
         for plane, value, light, shadow in zip(self.canvas, colour, self.light, self.shadow):
             if lit is not None:
                 amount, rim = lit
                 value = value * (shadow + (1.08 * light - shadow) * amount + 0.35 * light * rim)
             plane += (value - plane) * cover
 
-    def blobs(self, points, radii, strength):
-        """Sum of soft glows: points (n, 2), radii across and down (n, 2), strength (n, 1) -> (size, size)."""
+    def blobs(self, points: np.ndarray, radii: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Returns a sum of Gaussian spots: points (n, 2), radii (n, 2), strength (n, 1) -> (size, size)."""
         across = np.exp(-((self.axis - points[:, :1]) / radii[:, :1]) ** 2)
         down = np.exp(-((self.axis - points[:, 1:]) / radii[:, 1:]) ** 2)
-        # Not a matrix product: BLAS would wake threads for it, which cost more than they bring.
+        # A matrix product would start BLAS threads, which take longer than they save here.
         return np.einsum("nh,nw->hw", (down * strength).astype(np.float32), across.astype(np.float32))
 
-    def volume(self, distance, depth):
-        """Light on a form puffed up over `depth` from its outline: how far it faces the sun, and its rim."""
+    def volume(self, distance: np.ndarray, depth: float) -> Planes:
+        """Returns the light on a form that rises over `depth` from its outline: (facing the sun, rim), each in [0, 1].
+        """
         slope_y, slope_x = np.gradient(distance, self.pixel)
         rise = np.clip(1 + distance / depth, 0, 1)
         rise = rise * np.sqrt(rise)
@@ -166,10 +172,9 @@ class Scene:
         return (facing + 0.2) / 1.2, rim * rim * rim
 
 
-# ---------------------------------------------------------------- background
+# ------------------------------------------------------------------------------------- background
 
-
-def draw_sky(s):
+def draw_sky(s: Scene) -> None:
     top, middle, low = s.sky
     height = np.clip((s.axis + 1) / (1 + s.f["horizon"]), 0, 1)[:, None]  # 0 at the zenith, 1 at the horizon
     upper, lower = mix(top, middle, height / 0.55), mix(middle, low, (height - 0.55) / 0.45)
@@ -182,15 +187,15 @@ def draw_sky(s):
     s.paint(0.55 * np.exp(-length(x, y) / 0.28), s.light)
     s.paint(s.cover(length(x, y) - 0.15, 1.5), mix(s.light, 1, 0.5))
     if s.f["sky"] == "night":
-        s.paint(0.25 * s.cover(length(x - 0.05, y - 0.03) - 0.07, 4), middle)  # a sea on the moon
+        s.paint(0.25 * s.cover(length(x - 0.05, y - 0.03) - 0.07, 4), middle)  # a dark spot on the moon
     banks = s.rng.uniform([-1, -0.85], [1, s.f["horizon"] - 0.15], (4, 1, 2))  # four banks of seven clouds
     places = (banks + s.rng.normal(0, 1, (4, 7, 2)) * [0.22, 0.025]).reshape(-1, 2)
     clouds = s.blobs(places, s.rng.uniform([0.10, 0.018], [0.24, 0.045], (28, 2)), np.full((28, 1), 0.30))
     s.paint(np.minimum(clouds, 0.75), mix(s.light, low, 0.45))
 
 
-def ridge(s, land, base, roughness):
-    """The upper edge of one row of land, (size,)."""
+def ridge(s: Scene, land: str, base: float, roughness: float) -> np.ndarray:
+    """Returns the upper edge of one row of land, (size,)."""
     x, a = s.axis, s.rng.uniform(0, 2 * math.pi, 4).astype(np.float32)
     if land == "mountains":
         saw = sum(np.abs((x * k + a[i]) % 2 - 1) / k for i, k in enumerate((1.3, 2.9, 5.3)))
@@ -202,7 +207,7 @@ def ridge(s, land, base, roughness):
     return base + rolling * 1.3
 
 
-def draw_land(s):
+def draw_land(s: Scene) -> None:
     low, horizon = s.sky[2], s.f["horizon"]
     ground = oklch(GROUND[s.f["sky"]], 0.10, s.f["land_hue"])
     if s.f["land"] == "sea":
@@ -215,37 +220,29 @@ def draw_land(s):
         return
     for row, near in enumerate((0.25, 0.6, 1.0)):
         top = ridge(s, s.f["land"], horizon + 0.20 * row, 1 - 0.25 * row)
-        mist = 1 - 0.28 * np.clip((s.y - top) / 0.5, 0, 1)  # lies in the valleys
+        mist = 1 - 0.28 * np.clip((s.y - top) / 0.5, 0, 1)  # in the valleys
         s.paint(s.cover(top - s.y), mix(low, ground, near * mist))
 
 
-# ---------------------------------------------------------------- the owl
+# ------------------------------------------------------------------------------------- owl
 
-
-def pattern(name, x, y, size):
-    """Marks on the breast in [0, 1]; `size` is the distance between two marks."""
+def pattern(name: str, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+    """Returns the marks on the breast, in [0, 1]; size: distance between two marks."""
     u, v = x / size, y / size
     row = np.floor(v)
     du, dv = (u + 0.5 * row) % 1 - 0.5, v - row - 0.5  # every second row is shifted by half
-    if name == "dots":
-        value = 0.30 - length(du, dv)
-    elif name == "stripes":
-        value = 0.24 - np.abs((v + 0.10 * u * u) % 1 - 0.5)
-    elif name == "chevrons":
-        value = 0.22 - np.abs((v + 0.8 * np.abs(u % 1 - 0.5)) % 1 - 0.5)
-    elif name == "scales":
-        value = 0.16 - np.abs(length(du, dv + 0.5) - 0.55)
-    elif name == "diamonds":
-        value = 0.36 - np.abs(du) - np.abs(dv) * 0.8
-    else:
-        return np.zeros_like(u)
-    return np.clip(0.5 + value * 9 * size / 0.13, 0, 1)
+    marks = {"dots": lambda: 0.30 - length(du, dv),
+             "stripes": lambda: 0.24 - np.abs((v + 0.10 * u * u) % 1 - 0.5),
+             "chevrons": lambda: 0.22 - np.abs((v + 0.8 * np.abs(u % 1 - 0.5)) % 1 - 0.5),
+             "scales": lambda: 0.16 - np.abs(length(du, dv + 0.5) - 0.55),
+             "diamonds": lambda: 0.36 - np.abs(du) - np.abs(dv) * 0.8}
+    return np.clip(0.5 + marks[name]() * 9 * size / 0.13, 0, 1) if name in marks else np.zeros_like(u)
 
 
-def palette(f):
-    """The owl's colours by part."""
+def palette(f: dict) -> dict[str, np.ndarray]:
+    """Returns the colours of the owl's parts."""
     hue, accent = f["hue"], f["hue"] + SCHEMES[f["scheme"]]
-    # Yellow wants to be light and blue may be deep: at one lightness for all, yellow turns to mud.
+    # Yellow is lighter than blue: at equal lightness it would look brown.
     light = 0.56 + 0.16 * f["value"] + 0.09 * math.cos(2 * math.pi * (hue - 0.27))
     mark_light = 0.58 + 0.10 * math.cos(2 * math.pi * (accent - 0.27))
     chroma = 0.09 + 0.07 * f["vivid"]
@@ -256,13 +253,13 @@ def palette(f):
             "pupil": oklch(0.16, 0.03, hue), "beak": oklch(0.76, 0.16, 0.18)}
 
 
-def draw_branch(s):
+def draw_branch(s: Scene) -> None:
     middle = 0.80 + s.f["branch"] * s.x + 0.03 * np.sin(3 * s.x + 7 * s.f["x"])
     branch = np.abs(s.y - middle) - 0.075 + math.copysign(0.02, s.f["branch"]) * s.x
     s.paint(s.cover(branch), oklch(0.42, 0.06, 0.15), s.volume(branch, 0.09))
 
 
-def draw_owl(s):
+def draw_owl(s: Scene) -> None:
     f, colours, wide, scale = s.f, palette(s.f), s.f["width"], s.f["head"]
     x, y = rotate(s.x - f["x"], s.y, f["lean"], (0, 0.8))  # leans about its feet
     head_x, head_y = rotate(x, y, f["tilt"], (0, -0.05))
@@ -272,7 +269,7 @@ def draw_owl(s):
     draw_branch(s)
     body = ellipse(x, y, (0, 0.27), (0.45 * wide, 0.50))
     form = join(body, ellipse(head_x, head_y, (0, 0), (0.46, 0.37)) * scale, 0.12)
-    glow = 0.35 * np.exp(-np.maximum(form, 0) / 0.07)  # lifts the owl off a sky of its own colour
+    glow = 0.35 * np.exp(-np.maximum(form, 0) / 0.07)  # separates the owl from a sky of its colour
     s.paint(glow, mix(s.light, s.sky[2], 0.5))
     if f["ears"] != "none":
         tip = EARS[f["ears"]]
@@ -288,8 +285,8 @@ def draw_owl(s):
     draw_face(s, colours, head_x, head_y, lit)
 
 
-def draw_wings(s, colours, x, y):
-    """Each wing is a fan of three feathers that turns about its shoulder."""
+def draw_wings(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> None:
+    """Each wing is three feathers that turn about the shoulder."""
     f, wide = s.f, s.f["width"]
     shoulder = (0.37 * wide, 0.0)
     left_x, left_y = rotate(-x, y, 0.10 - 1.45 * f["left_wing"], shoulder)
@@ -305,15 +302,15 @@ def draw_wings(s, colours, x, y):
     s.paint(s.cover(wing) * tips * 0.8, colours["mark"], lit)
 
 
-def draw_feet(s, colours):
+def draw_feet(s: Scene, colours: dict[str, np.ndarray]) -> None:
     side, down = np.abs(s.x - s.f["x"]), s.y - s.f["branch"] * s.x
     toes = [ellipse(side, down, (0.17 + step, 0.755), (0.032, 0.06)) for step in (-0.057, 0, 0.057)]
     feet = np.minimum.reduce(toes)
     s.paint(s.cover(feet), colours["beak"], s.volume(feet, 0.035))
 
 
-def draw_face(s, colours, x, y, lit):
-    """Face disc, eyes and beak in the head's own coordinates."""
+def draw_face(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, lit: Planes) -> None:
+    """Face disc, eyes and beak, in the head's coordinates."""
     f, side, radius = s.f, np.abs(x), 0.155 * s.f["eyes"]
     soft = mix(lit[0], 0.85, 0.3), lit[1]
     disc = ellipse(side, y, (0.185, 0.0), (0.225, 0.235))
@@ -338,7 +335,7 @@ def draw_face(s, colours, x, y, lit):
 
 
 def draw(index: int, size: int = 128, seed: int = 0) -> np.ndarray:
-    """Picture `index` of the set, uint8 (size, size, 3): a pure function of its arguments."""
+    """Returns image `index` of the set, uint8 (size, size, 3), a function of its arguments."""
     scene = Scene(index, size, seed)
     draw_sky(scene)
     draw_land(scene)
@@ -346,111 +343,98 @@ def draw(index: int, size: int = 128, seed: int = 0) -> np.ndarray:
     return np.rint(np.clip(scene.canvas, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
-# ---------------------------------------------------------------- the set on disk
-
+# ------------------------------------------------------------------------------------- the set on disk
 
 def file_name(index: int) -> str:
     return f"owl_{index:06d}.jpg"
 
 
-def write(path: Path, content: bytes):
-    """Writes a file that is whole or not there at all, whatever happens meanwhile."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            if path.name == MARKER:  # a picture lost in a power cut can be drawn again
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def make(folder: str | Path, count: int = 4096, size: int = 128, seed: int = 0) -> Path:
+    """Draws `count` images of size x size pixels as folder/<sky>/owl_<number>.jpg, once. Returns the folder.
 
-
-def draw_files(folder: Path, indices: list, size: int, seed: int, progress: bool):
-    """Draws some pictures into their class folders."""
-    # A large block, freed again, teaches glibc to keep memory instead of handing each array's back to the
-    # system at once: 7 instead of 10 ms a picture.
-    np.empty(2 ** 24, np.uint8)
-    # disable=None: a bar on terminals only
-    for index in tqdm(indices, desc="drawing the demo set", unit="img", disable=None if progress else True):
-        path, content = folder / factors(index, seed)["sky"] / file_name(index), io.BytesIO()
-        path.parent.mkdir(exist_ok=True)
-        # A tenth of PNG's time and half its size; at this quality and full colour resolution nobody sees it.
-        Image.fromarray(draw(index, size, seed)).save(content, "JPEG", quality=95, subsampling=0)
-        write(path, content.getvalue())
-
-
-def read_marker(folder: Path) -> dict:
-    """What the marker of a set says; nothing where there is none or it is damaged."""
-    try:
-        return dict(json.loads((folder / MARKER).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
-def make(folder: Path, count: int = 4096, size: int = 128, seed: int = 0, progress: bool = True) -> Path:
-    """Draws `count` pictures of size x size pixels as folder/<time of day>/owl_<number>.jpg; returns folder.
-
-    A set that is there already is returned at once, an interrupted one goes on, one made with other values is
-    replaced. Raises ValueError for values that can't be and for a folder that holds anything else.
+    A complete set is left as it is, an interrupted one is completed, one with other values is replaced. A second
+    process waits until the first is done. Raises InputError for invalid values and for a folder with other files,
+    OSError if the set cannot be written.
     """
+    values = {"format": FORMAT, "count": count, "size": size, "seed": seed}
+    for name, (low, high) in LIMITS.items():
+        if not low <= values[name] <= high:
+            raise InputError(f"--{name} {values[name]} is invalid: must be {low} to {high}")
     folder = Path(folder)
-    if not (1 <= count <= 1_000_000 and 16 <= size <= 1024 and seed >= 0):
-        raise ValueError(f"count {count}, size {size}, seed {seed}: a demo set has 1 to 1000000 pictures "
-                         "of 16 to 1024 pixels a side and a seed of 0 or more")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name a folder for the demo set")
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = [path for path in folder.iterdir() if not path.name.startswith((".", MARKER))]
-    if foreign and not (folder / MARKER).exists():
-        raise ValueError(f"{folder} holds other files: name an empty or a new folder for the demo set")
-    wanted, found = {"format": FORMAT, "count": count, "size": size, "seed": seed}, read_marker(folder)
-    complete = found.pop("complete", False)
-    if found != wanted:
-        for old in folder.glob("*/owl_*"):
-            old.unlink()
-    there = {path.name for path in folder.glob("*/owl_*.jpg")}
-    missing = [index for index in range(count) if file_name(index) not in there]
-    if missing or not complete:
-        write(folder / MARKER, json.dumps(wanted | {"complete": False}).encode())
-        draw_files(folder, missing, size, seed, progress)
-        write(folder / MARKER, json.dumps(wanted | {"complete": True}).encode())
+    if _has_marker(folder, values) and not _missing(folder, count):
+        return folder
+    others = {path.name for path in folder.glob("[!.]*")} - {MARKER, MARKER + ".part", "lock"}
+    if others and not (folder / MARKER).exists():
+        raise InputError(f"{folder}: contains other files: must be a new or empty folder")
+    with checkpoints.lock(folder, lambda: print(f"waiting for another process that draws {folder}")):
+        if not _has_marker(folder, values):
+            for old in folder.glob("*/owl_*"):
+                old.unlink()
+            with checkpoints.atomic_write(folder / MARKER) as file:
+                file.write(json.dumps(values).encode())
+        _draw_files(folder, _missing(folder, count), size, seed)
     return folder
 
 
+def _has_marker(folder, values):
+    """Whether the folder holds a set, complete or not, with these values."""
+    try:
+        return values.items() <= dict(json.loads((folder / MARKER).read_text())).items()
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):        # none, or damaged
+        return False
+
+
+def _missing(folder, count):
+    there = {path.name for path in folder.glob("*/owl_*.jpg")}
+    return [index for index in range(count) if file_name(index) not in there]
+
+
+def _draw_files(folder, indices, size, seed):
+    # Freeing a large block makes glibc keep freed memory from then on: 7 instead of 10 ms per image.
+    np.empty(2 ** 24, np.uint8)
+    for index in tqdm(indices, desc="drawing the demo set", unit="img", disable=None):     # None: only on a terminal
+        file = folder / factors(index, seed)["sky"] / file_name(index)
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(".part")
+        # A tenth of PNG's time, half its size, no visible loss. Not flushed to the disk: it can be drawn again.
+        Image.fromarray(draw(index, size, seed)).save(part, "JPEG", quality=95, subsampling=0)
+        os.replace(part, file)
+
+
 def contact_sheet(seed: int = 0, side: int = 8, size: int = 64, gap: int = 4) -> Image.Image:
-    """The first side x side pictures on white, each drawn at twice its size and shrunk."""
+    """Returns the first side x side images on white, each drawn at twice its size and shrunk."""
     step = size + gap
     sheet = Image.new("RGB", (side * step + gap,) * 2, "white")
     for index in range(side * side):
-        picture = Image.fromarray(draw(index, 2 * size, seed)).resize((size, size), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (gap + index % side * step, gap + index // side * step))
+        image = Image.fromarray(draw(index, 2 * size, seed)).resize((size, size), Image.Resampling.LANCZOS)
+        sheet.paste(image, (gap + index % side * step, gap + index // side * step))
     return sheet
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser("demo_images.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"demo_images.py: {message}\n")  # without the usage text
-    parser.add_argument("folder", type=Path, help="a new or empty folder, or one with a set to go on with")
-    parser.add_argument("--count", type=int, default=4096, help="number of pictures [%(default)s]")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side [%(default)s]")
+# ------------------------------------------------------------------------------------- command line
+
+def start(argv: Sequence[str] | None) -> None:
+    parser = command_line.Parser("demo_images.py", __doc__)
+    parser.add_argument("folder", type=Path, help="a new or empty folder, or an interrupted set to complete")
+    parser.add_argument("--count", type=int, default=4096, help="number of images [%(default)s]")
+    parser.add_argument("--size", type=int, default=128, help="side of an image, pixels [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another set [%(default)s]")
-    parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write 64 small ones as one")
-    arguments = parser.parse_args(argv)
-    try:
-        make(arguments.folder, arguments.count, arguments.size, arguments.seed)
-        if arguments.contact_sheet:
-            contact_sheet(arguments.seed).save(arguments.contact_sheet, quality=90, optimize=True)
-    except (ValueError, OSError) as error:
-        print(f"demo_images.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("demo_images.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(f"{arguments.count} pictures of {arguments.size} x {arguments.size} pixels in {arguments.folder}")
-    return 0
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="also write the first 64 on one sheet")
+    flags = parser.parse_args(argv)
+    sheet = flags.contact_sheet
+    file_type = Image.registered_extensions().get(sheet.suffix.lower()) if sheet else None
+    if sheet and file_type not in Image.SAVE:
+        raise InputError(f"--contact-sheet {sheet} is invalid: must end with .png, .jpg or .webp")
+    make(flags.folder, flags.count, flags.size, flags.seed)
+    if sheet:
+        with checkpoints.atomic_write(sheet) as file:
+            contact_sheet(flags.seed).save(file, file_type, quality=90, optimize=True)
+    print(f"{flags.count} images of {flags.size} x {flags.size} pixels in {flags.folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input, 1 another error, 130 after Ctrl-C; the same command then continues."""
+    return command_line.run_script("demo_images.py", start, argv)
 
 
 if __name__ == "__main__":

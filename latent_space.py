@@ -1,41 +1,48 @@
 """Points, paths and directions in latent space.
 
-z of a normal distribution lies near a shell of radius sqrt(LATENT_DIM), and so does all that the decoder was trained
-on: a straight line between two points would cut through the inside, where no picture ever was. Paths here take
-direction and norm apart.
+z ~ N(0, I) lies near a sphere of radius sqrt(LATENT_DIM), and so does every point that the decoder was trained on. A
+straight line between two points would leave that sphere; paths here interpolate direction and norm separately.
 """
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import random_keys
 
 
-def draw_z(seed, first, count, latent_dim):
-    """z (count, LATENT_DIM) of the pictures first, first + 1, ...: each from a key of its own."""
-    return torch.stack([torch.randn(latent_dim, generator=random_keys.torch_generator(seed, "generate", first + i))
-                        for i in range(count)])
+def rng_of_image(seed: int, index: int) -> torch.Generator:
+    """Returns the torch.Generator of image `index` of a seed."""
+    return random_keys.torch_generator(seed, "generate", index)
 
 
-def spherical(a, b, t):
-    """From a (..., D) to b at t in [0, 1]: direction along the great circle, norm along the line between the norms."""
+def draw_z(seed: int, first: int, count: int, latent_dim: int) -> Tensor:
+    """Returns z (count, LATENT_DIM) on the CPU, for the images first, first + 1, ...: each image has a key of its own,
+    so it does not depend on `count`."""
+    return torch.stack([torch.randn(latent_dim, generator=rng_of_image(seed, first + i)) for i in range(count)])
+
+
+def spherical(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+    """Returns the point at t in [0, 1] between a and b (..., D): its direction on the great circle (Shoemake 1985,
+    "Animating Rotation with Quaternion Curves"), its norm interpolated linearly."""
     norm_a, norm_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
     direction_a, direction_b = a / norm_a, b / norm_b
     angle = torch.arccos((direction_a * direction_b).sum(-1, keepdim=True).clamp(-1, 1))
     direction = (torch.sin((1 - t) * angle) * direction_a + torch.sin(t * angle) * direction_b) / torch.sin(angle)
-    # Where the two directions are one the circle is none; the straight line differs from it by nothing.
+    # Equal directions have no great circle (0 / 0); the straight line is the same path then.
     return torch.where(angle < 1e-4, a + t * (b - a), direction * (norm_a + t * (norm_b - norm_a)))
 
 
-def walk(keyframes, frames, loop=True):
-    """A path through keyframes (K, D), `frames` points long (frames, D); with loop the last leads back to the first,
-    without it the last is the last keyframe.
+def walk(keyframes: Tensor, frames: int, loop: bool = True) -> Tensor:
+    """Returns a path (frames, D) through the keyframes (K, D). With loop it leads back to the first keyframe, without
+    it the last point is the last keyframe.
 
-    Between two keyframes the speed rises from 0 and falls to 0 again along a cosine, so that no corner is seen.
+    Between two keyframes the speed rises from 0 and falls to 0 along a cosine, so the path has no visible corners.
     """
     parts = len(keyframes) if loop else len(keyframes) - 1
     path = []
@@ -47,25 +54,25 @@ def walk(keyframes, frames, loop=True):
 
 
 @torch.inference_mode()
-def encode(vae, arrays, batch_size=16):
-    """uint8 arrays (N, H, W, C) -> mu (N, LATENT_DIM) on the CPU."""
+def encode(vae: nn.Module, arrays: Sequence[np.ndarray], batch_size: int = 16) -> Tensor:
+    """Returns mu (N, LATENT_DIM), on the CPU, of uint8 arrays (H, W, C) of one size. vae: model_definitions.VAE."""
     device = vae.to_mu.weight.device
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     parts = tqdm(pixels.split(batch_size), desc="encoding", leave=False, delay=2, disable=not sys.stderr.isatty())
     return torch.cat([vae.encode(data.to_image(part.to(device)))[0].cpu() for part in parts])
 
 
-def encode_sample(vae, image_set, count=2048):
-    """mu (N, LATENT_DIM) of `count` pictures of the training split, always the same ones; of all where it has fewer."""
+def encode_sample(vae: nn.Module, image_set: data.ImageSet, count: int = 2048) -> Tensor:
+    """Returns mu (N, LATENT_DIM) of `count` random training images, the same ones at each call, or of all."""
     order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
     return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])
 
 
-def principal_axes(mu):
-    """The directions in which encoded pictures mu (N, D) differ most, the widest first.
+def principal_axes(mu: Tensor) -> dict[str, Tensor]:
+    """Returns the directions in which encoded images mu (N, D) vary most, those of the largest variance first.
 
-    -> {"mean": (D,), "axes": (min(N, D), D), rows of length 1, "deviations": (min(N, D),)}. The sign of an axis is
-    chosen so that its largest entry is positive.
+    As {"mean": (D,), "axes": (min(N, D), D), unit vectors as rows, "deviations": (min(N, D),), standard deviations}.
+    The sign of an axis is such that its largest entry is positive.
     """
     mean = mu.double().mean(0)
     _, values, axes = torch.linalg.svd(mu.double() - mean, full_matrices=False)

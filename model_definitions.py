@@ -8,6 +8,7 @@ Sizes are keyword arguments, with the values of config.py as defaults; `build` p
 
 import functools
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -41,11 +42,8 @@ def widths(image_size: int, width: int, width_max: int) -> list[int]:
 
 
 def run(modules: Iterable, x: Tensor, *others: Tensor, recompute: bool = False) -> Tensor:
-    """Applies the modules in turn: x = module(x, *others).
-
-    recompute=True does not keep their activations but computes them again in the backward pass (Chen et al. 2016,
-    "Training Deep Nets with Sublinear Memory Cost"): only for modules without random draws.
-    """
+    """Applies the modules in turn: x = module(x, *others). recompute=True does not keep their activations but computes
+    them again in the backward pass (Chen et al. 2016), which is only valid for modules without random draws."""
     for module in modules:
         if recompute:
             x = checkpoint(module, x, *others, use_reentrant=False, preserve_rng_state=False)
@@ -55,7 +53,7 @@ def run(modules: Iterable, x: Tensor, *others: Tensor, recompute: bool = False) 
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context that disables autocast on x's device, so that float32 stays float32."""
+    """A context that disables autocast on x's device."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -75,9 +73,8 @@ def he_init(*modules: nn.Module, slope: float = 0.0) -> None:
 def bilinear_init(weight: Tensor) -> None:
     """Initialises a 4 x 4 ConvTranspose2d of stride 2 as a random 1 x 1 convolution and bilinear upsampling by 2.
 
-    weight (C_in, C_out, 4, 4). With independent weights, each of the four output pixels of an input pixel has its own
-    mixture of channels: a checkerboard pattern, which training takes long to remove (Aitken et al. 2017, "Checkerboard
-    artifact free sub-pixel convolution").
+    weight (C_in, C_out, 4, 4). Independent weights would mix channels differently for each of the four output pixels of
+    an input pixel: a checkerboard, which training takes long to remove (compare Aitken et al. 2017).
     """
     line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
     mixture = torch.randn(*weight.shape[:2], 1, 1) * math.sqrt(2 / weight.shape[0])
@@ -103,10 +100,9 @@ class MaxPool2dTwiceDifferentiable(nn.MaxPool2d):
 def conv_block(channels_in: int, channels_out: int, for_critic: bool) -> nn.Sequential:
     """(Conv2d, activation, MaxPool2d), the block of encoder and critic: (B, C_in, H, W) -> (B, C_out, H // 2, W // 2).
 
-    The encoder uses GroupNorm and ReLU. The critic uses LeakyReLU, no normalisation, and anti-aliased max pooling:
-    max at stride 1, then a 2 x 2 mean (Zhang 2019, "Making Convolutional Networks Shift-Invariant Again"). Plain max
-    pooling passes the gradient to one pixel in four, which leaves a dot pattern in the generated images. ceil_mode
-    makes H - 1 maxima end at H // 2 for even and odd H.
+    The encoder has GroupNorm and ReLU. The critic has LeakyReLU, no normalisation, and anti-aliased max pooling: max at
+    stride 1, then a 2 x 2 mean (Zhang 2019). Plain max pooling passes the gradient to one pixel in four, which leaves a
+    dot pattern in the generated images. ceil_mode makes H - 1 maxima end at H // 2 for even and odd H.
     """
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
     if not for_critic:
@@ -130,8 +126,8 @@ class EqualisedLinear(nn.Linear):
     """Linear with an equalised learning rate (Karras et al. 2018): weights near 1, divided by sqrt(N) where they are
     used, (B, N) -> (B, M). Its initial output is `scale` times that of nn.Linear.
 
-    Adam moves each weight by about the learning rate per step, so the output of a plain Linear by up to N times that.
-    mu and logvar read thousands of features: as plain Linear layers they leave the prior within tens of steps.
+    Adam moves each weight by about the learning rate per step, so a plain Linear's output by up to N times that: mu and
+    logvar, which read thousands of features, would leave the prior within tens of steps.
     """
 
     def __init__(self, features_in: int, features_out: int, scale: float = 1.0):
@@ -143,11 +139,8 @@ class EqualisedLinear(nn.Linear):
 
 
 class ModulatedNorm(nn.Module):
-    """GroupNorm with scale and shift predicted from z: (B, C, H, W), z (B, LATENT_DIM) -> (B, C, H, W).
-
-    z reaches every scale of the decoder directly (Chen et al. 2019, "On Self Modulation for Generative Adversarial
-    Networks").
-    """
+    """GroupNorm with scale and shift predicted from z, which so reaches every scale of the decoder (Chen et al. 2019,
+    "On Self Modulation"): (B, C, H, W), z (B, LATENT_DIM) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, latent_dim: int):
         super().__init__()
@@ -162,12 +155,9 @@ class ModulatedNorm(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """(ModulatedNorm, ReLU, ConvTranspose2d), which doubles the side, plus output_padding. Every block but the last
-    adds a residual branch (ModulatedNorm, ReLU, Conv2d); the sum is scaled to keep its variance (He et al. 2016,
-    "Identity Mappings in Deep Residual Networks"). (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W).
-
-    The ConvTranspose2d is 4 x 4 at stride 2, so every output pixel depends on the same number of input pixels.
-    """
+    """(ModulatedNorm, ReLU, ConvTranspose2d): (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W), plus
+    output_padding. Every block but the last adds a residual branch (ModulatedNorm, ReLU, Conv2d; He et al. 2016), and
+    scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads as many input pixels."""
 
     def __init__(self, channels_in: int, channels_out: int, latent_dim: int, output_padding: int, last: bool):
         super().__init__()
@@ -243,16 +233,14 @@ class VAE(nn.Module):
 class Discriminator(nn.Module):
     """The critic, symmetric with the encoder: image (B, C, H, W) in [-1, 1] -> one unbounded score per image, (B,).
 
-    No Sigmoid, and nothing that connects the images of a batch: the gradient penalty of WGAN-GP (Gulrajani et al.
-    2017) treats each input on its own.
+    Nothing connects the images of a batch: WGAN-GP penalises each input on its own (Gulrajani et al. 2017).
     """
 
     def __init__(self, image_size: int, channels: int = 3, width: int = 24, width_max: int = 256):
         super().__init__()
         self.blocks, features = conv_tower(image_size, channels, width, width_max, for_critic=True)
         self.to_score = nn.Linear(features, 1)
-        # With torch's default initialisation the input gradient starts near 0.01, and the first hundreds of steps
-        # would only raise it to 1.
+        # With torch's default the input gradient starts near 0.01, and hundreds of steps only raise it to 1.
         he_init(self.blocks, self.to_score, slope=0.2)
 
     def forward(self, image):
@@ -261,8 +249,7 @@ class Discriminator(nn.Module):
             return self.to_score(features).squeeze(1)
 
     def probability(self, image: Tensor) -> Tensor:
-        """Probability that each image is real, (B,) in (0, 1): the sigmoid of the score. The drift term of the
-        critic's loss keeps the zero of the score between real and generated images."""
+        """Probability that each image is real, (B,) in (0, 1): the sigmoid of the score, centred by the drift term."""
         return torch.sigmoid(self(image))
 
 
@@ -282,8 +269,8 @@ class SyntheticVideo(nn.Module):
     """T slightly modified copies of an image, stacked: (B, C, H, W) in [0, 1] -> (B, T*C, H, W), near [0, 1].
 
     Frame 0 is the image; frame t is shifted, brightened or darkened, and noisy, with a strength that grows linearly
-    with t. The changes are drawn per frame and shared by the batch, so that a batch split over processes sees what the
-    whole batch would. Not clamped, so that every pixel keeps its gradient.
+    with t. The changes are drawn per frame and shared by the batch, so no rank slices them. Not clamped, so that every
+    pixel keeps its gradient.
     """
 
     def __init__(self, num_frames: int, channels: int, image_size: int, shift: float, brightness: float,
@@ -495,8 +482,8 @@ class Generator(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path, device="cpu") -> "Generator":
-        """Loads the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
-        return from_checkpoint(checkpoints.find(path, device)[1], device)[0]
+        """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
+        return load_generator(path, device)[0]
 
     def image_and_alpha(self, z: Tensor, earlier: Tensor | None = None,
                         changes: Changes | None = None) -> tuple[Tensor, Tensor]:
@@ -553,3 +540,10 @@ def from_checkpoint(saved: dict, device="cpu") -> tuple[Generator, SimpleNamespa
     generator, _ = build(c)
     generator.load_state_dict(saved["ema"])
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), c
+
+
+def load_generator(path: str | Path, device="cpu") -> tuple[Generator, SimpleNamespace, dict]:
+    """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file, the run's constants, and all
+    that the file holds. Prints damaged files that it skips to stderr. Raises InputError."""
+    _, saved = checkpoints.find(path, device, warn=lambda line: print(line, file=sys.stderr))
+    return *from_checkpoint(saved, device), saved

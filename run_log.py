@@ -1,35 +1,210 @@
-"""What a run shows while it trains: sample sheets, metrics.jsonl, the progress bar, how long it will take."""
+"""What a run shows while it trains: metrics.jsonl, progress, sample sheets, warnings, and the table of healthy values.
 
+HEALTHY is the one table of what the logged values mean and which values are healthy. The page of a run (report.py),
+the warnings during training and the table in docs/running.md are made from it.
+"""
+
+import collections
 import contextlib
 import json
 import math
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import checkpoints
-import command_line
 import data
 import pictures
 import random_keys
 
 PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
-SYMPTOM_LINES = 5              # lines of metrics.jsonl in a row that must show a symptom before it is said
+WARN_AFTER = 5                 # logged lines in a row outside a `lost` range before the warning
+
+# ------------------------------------------------------------------------------------- healthy values
+
+# (low, high); or one pair per image size in pixels, interpolated between sizes; or a function of alpha's bounds.
+Range = tuple[float, float] | dict[int, tuple[float, float]] | Callable[[float, float], tuple[float, float]]
 
 
-def is_sample_step(step, every):
-    """0, 50, 100, 200, 400, ... until `every` is reached, then each multiple of it."""
+class Value(NamedTuple):
+    """A value of metrics.jsonl: what it is, and which values are healthy."""
+    key: str
+    title: str
+    words: str
+    healthy: Range | None = None
+    from_step: int = 0          # the range holds from this step on
+    trend: str = ""             # the direction that a healthy value takes, in addition to its range
+    bar: str = ""               # its name in the progress bar
+    lost: Range | None = None   # training warns when WARN_AFTER logged lines in a row are outside
+    advice: str = ""            # what to try then
+
+
+ALPHA_STUCK = "Alpha is at its bound everywhere. Try a lower --learning-rate, or a new run with a higher --alpha-span"
+HEALTHY = (
+    Value("score_gap", "Score gap",
+          "Mean D(real) - mean D(fake), the difference between the critic's scores. Above 10 in the first steps, then "
+          "mostly 2 to 10 at 64 px and 5 to 20 at 128 px for drawings, less for photos. Noisy: below 0 in single "
+          "steps is harmless.",
+          {32: (-3, 10), 64: (-4, 15), 128: (-6, 25), 256: (-8, 50)}, 200, bar="gap", lost=(-1e4, 1e4),
+          advice="The critic diverges. Try a lower --critic-learning-rate, a higher --lambda-gp, or --gp-every 1"),
+    Value("gradient_norm", "Gradient norm",
+          "Mean norm of the critic's gradient where the penalty measures it. It settles near 1 + W / (2 LAMBDA_GP) "
+          "for a distance W. Above 3 for long the critic diverges; below 0.5 the generator learns nothing from it.",
+          (0.7, 2.5), 200, bar="norm", lost=(0, 10),
+          advice="The critic diverges: the penalty should keep the norm near 1. Try a lower --critic-learning-rate, a "
+                 "higher --lambda-gp, or --gp-every 1"),
+    Value("gradient_penalty", "Gradient penalty",
+          "Mean of (gradient norm - 1)^2, before its weight LAMBDA_GP.", (0, 2), 200),
+    Value("wasserstein", "Wasserstein estimate",
+          "Score gap / gradient norm, the estimate of the Wasserstein distance. The gap alone is too large by that "
+          "factor. Falls over thousands of steps.",
+          {32: (-3, 8), 64: (-4, 12), 128: (-6, 20), 256: (-8, 40)}, 200, "falling", "W"),
+    Value("critic_loss", "Critic loss",
+          "L_D, the penalty included. Varies from step to step; after the first steps between -(score gap) and 0.",
+          bar="D"),
+    Value("generator_loss", "Generator loss",
+          "L_G. Most of it is the reconstruction term, so it falls with the reconstruction error."),
+    Value("reconstruction", "Reconstruction error",
+          "Mean absolute difference between an image and its reconstruction, values from -1 to 1. Blobs at 0.3, clear "
+          "shapes at 0.1, 0.05 at the end of a long run.", (0.01, 0.45), 200, "falling", "rec"),
+    Value("kl", "KL divergence",
+          "In nats, summed over the latent dimensions. Near 0 the encoder has collapsed: raise LAMBDA_REC or lower "
+          "LAMBDA_KL.", (10, 1000), 200, bar="KL"),
+    Value("posterior_variance", "Posterior variance",
+          "Mean of mu^2 + sigma^2. Near 1 encoded images and noise cover the same part of the latent space; long runs "
+          "settle near 0.4. Far above 3 the encoder has left the prior, and reconstructions say nothing about samples.",
+          (0.2, 3), 200),
+    Value("alpha_mean", "Alpha",
+          "The factor in the last tanh: mean over a batch. Starts at ALPHA_INIT and stays between ALPHA_INIT / "
+          "ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN; with the defaults 1.6 to 2.6 after some hundred steps.",
+          lambda low, high: (1.1 * low, high / 1.1), bar="alpha"),
+    Value("alpha_min", "Alpha, smallest", "Smallest alpha of a batch.", lambda low, high: (low, high / 1.1),
+          lost=lambda low, high: (0.98 * low, 0.98 * high), advice=ALPHA_STUCK),
+    Value("alpha_max", "Alpha, largest", "Largest alpha of a batch.", lambda low, high: (1.1 * low, high),
+          lost=lambda low, high: (1.02 * low, 1.02 * high), advice=ALPHA_STUCK),
+    Value("alpha_spread", "Alpha within an image",
+          "Standard deviation of alpha over the pixels of an image. At 0 all pixels have the same alpha."),
+    Value("picture_spread", "Image spread",
+          "Standard deviation of generated images over a batch, divided by that of real images. Near 0 all generated "
+          "images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
+          advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
+                 "--learning-rate, a new run with another --seed, or look at the images in DATA"),
+    Value("images_per_second", "Images per second",
+          "Training speed since the line before, samples and checkpoints included.", trend="level"),
+    Value("skipped_updates", "Skipped updates",
+          "Updates that were not applied because a gradient was not finite. A few are harmless.", (0, 0)),
+    Value("skipped_in_a_row", "Skipped in a row",
+          "Newest steps in a row with such an update. After NAN_PATIENCE steps the run goes back to its last good "
+          "checkpoint.", (0, 0)),
+    Value("rollbacks", "Rollbacks", "How often the run went back to its last good checkpoint.", (0, 0)),
+    Value("lr_scale", "Learning rate scale", "Factor on the learning rates, halved by each rollback.", (1, 1)),
+)
+
+
+def range_of(limits: Range | None, c: SimpleNamespace) -> tuple[float, float] | None:
+    """Returns (low, high) of a Value's `healthy` or `lost` for a run with IMAGE_SIZE, ALPHA_INIT and ALPHA_SPAN of c.
+
+    None if it has no range, and for alpha if ALPHA_SPAN is 1: alpha is constant then.
+    """
+    if isinstance(limits, dict):
+        low, high = (float(np.interp(c.IMAGE_SIZE, list(limits), ends)) for ends in zip(*limits.values()))
+        return low, high
+    if callable(limits):
+        return limits(c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN) if c.ALPHA_SPAN > 1 else None
+    return limits
+
+
+def range_words(limits: tuple[float, float]) -> str:
+    """(10, 1000) -> "10 to 1,000"; (0, 0) -> "0"."""
+    low, high = (f"{end:,.3g}" if abs(end) < 100 else f"{end:,.0f}" for end in limits)
+    return low if low == high else f"{low} to {high}"
+
+
+def healthy_table(c: SimpleNamespace) -> str:
+    """Returns the Markdown table of HEALTHY, with alpha's ranges for the constants c, for docs/running.md."""
+    rows = ["| value | what it is | healthy |", "| --- | --- | --- |"]
+    for value in HEALTHY:
+        found = []
+        if isinstance(value.healthy, dict):
+            found.append(", ".join(f"{range_words(ends)} at {side} px" for side, ends in value.healthy.items()))
+        elif value.healthy:
+            found.append(range_words(range_of(value.healthy, c)))
+        found += [value.trend] if value.trend else []
+        found += [f"from step {value.from_step} on"] if value.from_step else []
+        name = f"`{value.key}`" + (f" ({value.bar})" if value.bar else "")
+        rows.append(f"| {name} | {value.words} | {'; '.join(found)} |")
+    return "\n".join(rows) + "\n"
+
+
+# ------------------------------------------------------------------------------------- words
+
+def duration(seconds: float) -> str:
+    """Returns a duration in words: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def print_line(line: str) -> None:
+    """Prints a line above the progress bar and flushes, so that it is seen at once in a file as well."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int) -> str:
+    """Returns how long the run will take; if that is over a day, with the flags that make it fit one."""
+    left = (c.STEPS - step) * seconds_per_step
+    text = f"{c.STEPS} steps will take {duration(left)} more at {seconds_per_step:.2f} s per step"
+    if c.MINUTES and left > c.MINUTES * 60:
+        return text + f"; --minutes {c.MINUTES:g} ends before that"
+    if left <= 86400:
+        return text
+    return (text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}, or a smaller --image-size in a "
+            "new run")
+
+
+def print_start(c: SimpleNamespace, state, image_set) -> None:
+    """Prints the constants, the parameters of each part, and what the run trains on."""
+    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
+    vae, layer = state.generator.vae, state.generator.layer
+
+    def count(*modules):
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    encoder, transformer = count(vae.encoder, vae.to_mu, vae.to_logvar), count(layer.transformer, layer.to_s)
+    for part, parameters in (
+            ("encoder", encoder), ("decoder", count(vae) - encoder),
+            ("video and patch tokens", count(layer) - transformer), ("Transformer and alpha head", transformer),
+            ("critic", count(state.critic))):
+        print(f"{part:28}{parameters:12,} parameters")
+    processes = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
+    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}"
+          f"{processes}")
+
+
+# ------------------------------------------------------------------------------------- sample sheets
+
+def is_sample_step(step: int, every: int) -> bool:
+    """True at 0, 50, 100, 200, 400, ... until `every` is reached, then at each multiple of it."""
     if step >= every:
         return step % every == 0
     return step == 0 or (step % 50 == 0 and (step // 50).bit_count() == 1)
 
 
 @torch.no_grad()
-def write_samples(state, c, image_set, folder):
-    """Sheets from fixed noise and fixed pictures: real, generated, reconstructed, alpha maps, synthetic video."""
+def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
+    """Writes sheets made from fixed noise and fixed images: real, generated, reconstructed, alpha, synthetic video.
+
+    Raises OSError, for example on a full disk.
+    """
     columns = math.ceil(math.sqrt(c.SAMPLE_COUNT))
     shown = image_set.held_out if len(image_set.held_out) else image_set.train
     order = random_keys.numpy_generator(c.SEED, "pictures to reconstruct").permutation(len(shown))
@@ -42,185 +217,130 @@ def write_samples(state, c, image_set, folder):
 
     image, alpha = in_batches(state.ema.image_and_alpha, z)
     reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
-    frames = state.ema.layer.frames(state.ema.vae.decode(z[:4].to(state.device)))
-    video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames.chunk(c.NUM_FRAMES, dim=1)]
+    frames = state.ema.frames(z[:4].to(state.device)).chunk(c.NUM_FRAMES, dim=1)        # T of (4, C, H, W)
 
-    name = f"step_{state.counters['step']:08d}"
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
     sheets = {kind: pictures.grid(data.to_arrays(part), columns) for kind, part in (
         ("real", data.to_image(real)), ("generated", image), ("reconstructed", reconstructed))}
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
+    name = f"step_{state.counters['step']:08d}"
     for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
+    video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
     pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
 
 
-def print_line(line):
-    """Prints a line above the progress bar, at once also where the output is a file."""
-    tqdm.write(line)
-    sys.stdout.flush()
-
+# ------------------------------------------------------------------------------------- log
 
 class Log:
-    """metrics.jsonl, and the progress bar, or plain lines where the output is no terminal."""
+    """metrics.jsonl of a run, and the progress bar, or plain lines where the output is no terminal."""
 
-    def __init__(self, run_folder, c, step):
-        self.c, self.path = c, run_folder / "metrics.jsonl"
+    def __init__(self, folder: Path, c: SimpleNamespace, step: int):
+        self.c, self.path = c, Path(folder) / "metrics.jsonl"
+        self.lines_outside, self.disk_full = collections.Counter(), False
         self.start_at(step)
-        self.last_line = self.started
-        self.symptom_lines, self.disk_full = {}, False
+        self.last_progress = self.started
         self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
 
     def start_at(self, step):
-        """Opens metrics.jsonl without the lines after a step, and counts time and steps from there."""
+        """Opens metrics.jsonl without the lines after `step`; time and steps are counted from there."""
         cut_metrics(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
         self.first_step = self.last_step = step
         self.started = self.last_time = time.monotonic()
         self.first_step_done = None
 
-    def back_to(self, step):
-        """The run has gone back to a step."""
+    def back_to(self, step: int) -> None:
+        """Continues at an earlier step, after a rollback."""
         self.file.close()
         self.start_at(step)
         self.bar.n = step
         self.bar.refresh()
 
-    def step(self, state, values):
-        """Takes the scalars (tensors) of one step; writes them down each LOG_EVERY steps, or where it was skipped."""
+    def step(self, state, values: dict[str, torch.Tensor]) -> None:
+        """Takes the scalars of one step; logs them every LOG_EVERY steps, and after a step with a skipped update."""
         c, step, now = self.c, state.counters["step"], time.monotonic()
         self.bar.update(1)
-        self.say_duration(step, now)
+        if step == self.first_step + 1:
+            self.first_step_done = now           # the first step is slower than the others
+        elif step == self.first_step + 11:
+            print_line(duration_line(c, (now - self.first_step_done) / 10, step))
         skipped = state.counters["skipped_in_a_row"]
         if step % c.LOG_EVERY and not skipped:
             return
-        values = dict(zip(values, torch.stack(list(values.values())).tolist()))      # one wait for the device, not many
+        values = dict(zip(values, torch.stack(list(values.values())).tolist()))         # waits for the device once
         values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no nan
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no NaN
         self.write({**state.counters, **finite, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
-        if skipped.bit_count() == 1:             # in full at first, then less and less often
-            print_line(f"step {step}: an update was not applied, its gradient is not finite ({skipped} in a row): "
-                + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        self.say_symptoms(step, values)
-        self.show(step, values, speed, now)
+        if skipped.bit_count() == 1:             # at 1, 2, 4, 8, ... in a row
+            print_line(f"step {step}: an update was not applied because its gradient is not finite ({skipped} in a "
+                       "row): " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        self.warn(step, values)
+        self.show_progress(step, values, speed, now)
 
-    def write(self, line):
-        """One line of metrics.jsonl; on a full disk it is lost, which is said once, and training goes on."""
+    def write(self, line: dict) -> None:
+        """Appends a line to metrics.jsonl. On a full disk the line is dropped; warns once, and training continues."""
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                print_line(f"{self.path}: can't be written ({error.strerror}); training goes on without these lines")
+                print_line(f"{self.path}: cannot be written ({error.strerror}); training continues without these lines")
             self.disk_full = True
             with contextlib.suppress(OSError):
-                self.file.close()                # with what could not be written
+                self.file.close()                # drops what could not be written
             self.file = self.path.open("a", encoding="utf-8")
 
-    def say_symptoms(self, step, values):
-        """Says what is plainly wrong, once for each symptom, when SYMPTOM_LINES lines in a row have shown it."""
-        found = symptoms(values, self.c)
-        for name, count in self.symptom_lines.items():
-            if name not in found and count < SYMPTOM_LINES:
-                self.symptom_lines[name] = 0
-        for name, text in found.items():
-            self.symptom_lines[name] = self.symptom_lines.get(name, 0) + 1
-            if self.symptom_lines[name] == SYMPTOM_LINES:
-                print_line(f"step {step}: {text}")
+    def warn(self, step, values):
+        """Prints what is wrong and what to try, once per value, after WARN_AFTER lines in a row outside `lost`."""
+        for value in HEALTHY:
+            limits, now = range_of(value.lost, self.c), values.get(value.key, math.nan)
+            if limits is None or self.lines_outside[value.key] == WARN_AFTER:
+                continue
+            outside = math.isfinite(now) and not limits[0] <= now <= limits[1]
+            self.lines_outside[value.key] = self.lines_outside[value.key] + 1 if outside else 0
+            if self.lines_outside[value.key] == WARN_AFTER:
+                print_line(f"step {step}: {value.title.lower()} {now:.3g} is outside {range_words(limits)} in "
+                           f"{WARN_AFTER} logged lines in a row. {value.advice}")
 
-    def say_duration(self, step, now):
-        """Once, after ten steps (the first does not count: it also warms up): how long the run will take."""
-        if step == self.first_step + 1:
-            self.first_step_done = now
-        elif step == self.first_step + 11:
-            print_line(duration_line(self.c, (now - self.first_step_done) / 10, step))
-
-    def show(self, step, values, speed, now):
-        names = {"D": "critic_loss", "gap": "score_gap", "norm": "gradient_norm", "W": "wasserstein",
-                 "rec": "reconstruction", "KL": "kl", "alpha": "alpha_mean"}
+    def show_progress(self, step, values, speed, now):
         left = (now - self.started) / (step - self.first_step) * (self.c.STEPS - step)
         if self.c.MINUTES:
             left = min(left, max(0, 60 * self.c.MINUTES - (now - self.started)))
-        text = f"{in_words(left)} left {speed:.1f} img/s " + " ".join(
-            f"{short} {values[name]:.3g}" for short, name in names.items())
+        text = f"{duration(left)} left {speed:.1f} img/s " + " ".join(
+            f"{value.bar} {values[value.key]:.3g}" for value in HEALTHY if value.bar)
         text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
         self.bar.set_description_str(text, refresh=False)
-        if self.bar.disable and (now - self.last_line > PLAIN_LINE_SECONDS or step + self.c.LOG_EVERY > self.c.STEPS):
-            self.last_line = now
+        last = step + self.c.LOG_EVERY > self.c.STEPS
+        if self.bar.disable and (now - self.last_progress > PLAIN_LINE_SECONDS or last):
+            self.last_progress = now
             print(f"step {step}/{self.c.STEPS} {text}", flush=True)
 
-    def close(self):
+    def close(self) -> None:
         self.bar.close()
         self.file.close()
 
 
 class NoLog:
-    """The Log of a process that is not the first: it keeps silent."""
+    """The Log of ranks other than 0: all methods do nothing."""
 
     def __getattr__(self, name):
         return lambda *_: None
 
 
-def symptoms(values, c):
-    """What says that a run is lost, from the scalars of one step: {symptom: a sentence with what to try}."""
-    low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
-    found = {}
-    if values["gradient_norm"] > 10 or abs(values["score_gap"]) > 1e4:
-        found["critic"] = (f"the critic runs away: score gap {values['score_gap']:.3g}, gradient norm "
-                           f"{values['gradient_norm']:.3g} where the penalty asks for 1. Try a lower "
-                           "--critic-learning-rate, a higher --lambda-gp, or --gp-every 1")
-    if values["picture_spread"] < 0.05:
-        found["pictures"] = (f"the generated pictures are all alike, their spread is {values['picture_spread']:.1%} of "
-                             "the real ones'. Try a lower --learning-rate, or a new run with another --seed")
-    if c.ALPHA_SPAN > 1 and (values["alpha_max"] < 1.02 * low or values["alpha_min"] > 0.98 * high):
-        found["alpha"] = (f"alpha is {values['alpha_mean']:.3g} everywhere, at the bound of {low:.3g} to {high:.3g}. "
-                          "Try a lower --learning-rate, or a new run with a higher --alpha-span")
-    return found
-
-
-def cut_metrics(file, step):
-    """Drops lines after `step`, which the run will make again, and lines that were not finished."""
-    kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue
-    with checkpoints.atomic_write(file) as handle:
-        handle.write("".join(kept).encode())
-
-
-def in_words(seconds):
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def duration_line(c, seconds_a_step, step):
-    """How long the run will take, and when that is over a day, which flags make it fit one."""
-    left = (c.STEPS - step) * seconds_a_step
-    text = f"{c.STEPS} steps will take {in_words(left)} more at {seconds_a_step:.2f} s a step"
-    if c.MINUTES and left > c.MINUTES * 60:
-        return text + f"; --minutes {c.MINUTES:g} ends before that"
-    if left <= 86400:
-        return text
-    fitting = int(step + 86400 / seconds_a_step)
-    smaller = [s for s in command_line.IMAGE_SIZES
-               if s < c.IMAGE_SIZE and s % c.PATCH == 0 and left * (s / c.IMAGE_SIZE) ** 2 < 86400]
-    other = f", or --image-size {smaller[-1]} in a run of its own" if smaller else ""
-    return text + f": to fit a day, give --steps {fitting}{other}"
-
-
-def print_start(c, state, image_set):
-    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in vars(c).items()), 110, break_on_hyphens=False))
-    together = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
-    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}"
-          f"{together}")
+def cut_metrics(file: Path, step: int) -> None:
+    """Removes the lines after `step`, which the run will write again, and lines that are incomplete."""
+    if not file.exists():
+        return
+    with checkpoints.atomic_write(file) as kept, file.open("rb") as lines:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.write(line.rstrip(b"\n") + b"\n")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue

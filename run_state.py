@@ -1,10 +1,12 @@
 """The state of a run, and its life on disk: saving, resuming, starting from another run's weights, rollback."""
 
+import contextlib
 import copy
 import errno
+import json
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,11 @@ import torch
 
 import checkpoints
 import command_line
+import data
 import distributed
 import model_definitions
 import random_keys
-from errors import InputError, RunError
+from command_line import InputError, RunError
 from run_log import print_line
 
 FUSED_ADAM = ("cpu", "cuda")   # devices on which fused Adam takes the finite-gradient verdict as a tensor
@@ -107,6 +110,41 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
     return State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
                  adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
                  torch.zeros((), dtype=torch.int64, device=device))
+
+
+# ------------------------------------------------------------------------------------- the run's folder
+
+def describe_run(c: SimpleNamespace, image_set: data.ImageSet, folder: Path) -> None:
+    """Writes config.json and the names of skipped files, and creates the run's folders. Raises InputError."""
+    try:
+        for part in (folder / "samples", folder / "checkpoints"):
+            part.mkdir(exist_ok=True)
+        with checkpoints.atomic_write(folder / "config.json") as file:
+            file.write(json.dumps(vars(c), indent=2).encode())
+        data.write_skipped(image_set, folder / "skipped.txt")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}): {advice(error)}, or give another "
+                         "--runs-dir") from None
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds the run's folder for this process, and deletes it at the end if nothing was written. Raises InputError."""
+    def refuse():
+        raise InputError(f"{folder}: another training writes to this run; --run NEWNAME starts a new run")
+
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(checkpoints.lock(folder, refuse))
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --runs-dir") from None
+        try:
+            yield
+        finally:
+            if [file.name for file in folder.iterdir()] in ([], ["lock"]):
+                with contextlib.suppress(OSError):
+                    (folder / "lock").unlink(missing_ok=True)
+                    folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------- resuming

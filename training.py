@@ -10,7 +10,6 @@ Every constant of config.py is a flag; --help lists them.
 
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
@@ -23,7 +22,6 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoints
 import command_line
 import data
 import demo_images
@@ -33,7 +31,7 @@ import latent_space
 import report
 import run_state
 import update
-from errors import InputError, RunError
+from command_line import InputError, RunError
 from run_log import Log, NoLog, is_sample_step, print_line, print_start, write_samples
 from training_step import training_step
 
@@ -70,44 +68,8 @@ def load_data(c: SimpleNamespace) -> data.ImageSet:
     root = c.DATA
     if not root:
         root = Path(c.RUNS_DIR) / f"demo_images_{c.IMAGE_SIZE}"
-        try:
-            demo_images.make(root, size=c.IMAGE_SIZE)
-        except (ValueError, OSError) as error:
-            raise InputError(f"cannot draw the demo set: {error}; give --data or another --runs-dir") from None
+        demo_images.make(root, size=c.IMAGE_SIZE)
     return data.load_images_of_run(root, c)
-
-
-def describe_run(c: SimpleNamespace, image_set: data.ImageSet, folder: Path) -> None:
-    """Writes config.json and the names of skipped files, and creates the run's folders. Raises InputError."""
-    try:
-        for part in (folder / "samples", folder / "checkpoints"):
-            part.mkdir(exist_ok=True)
-        with checkpoints.atomic_write(folder / "config.json") as file:
-            file.write(json.dumps(vars(c), indent=2).encode())
-        data.write_skipped(image_set, folder / "skipped.txt")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}): {run_state.advice(error)}, or give another "
-                         "--runs-dir") from None
-
-
-@contextlib.contextmanager
-def run_lock(folder: Path):
-    """Holds the run's folder for this process, and deletes it at the end if nothing was written. Raises InputError."""
-    def refuse():
-        raise InputError(f"{folder}: another training writes to this run; --run NEWNAME starts a new run")
-
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(checkpoints.lock(folder, refuse))
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --runs-dir") from None
-        try:
-            yield
-        finally:
-            if [file.name for file in folder.iterdir()] in ([], ["lock"]):
-                with contextlib.suppress(OSError):
-                    (folder / "lock").unlink(missing_ok=True)
-                    folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------- during training
@@ -272,7 +234,7 @@ def start(argv: Sequence[str] | None) -> int:
         if not ranks.is_first:                   # only rank 0 prints
             held.enter_context(contextlib.redirect_stdout(held.enter_context(open(os.devnull, "w"))))
         distributed.on_rank_0(ranks, lambda: check_batch_size(c, ranks))
-        distributed.on_rank_0(ranks, lambda: held.enter_context(run_lock(folder)))
+        distributed.on_rank_0(ranks, lambda: held.enter_context(run_state.run_lock(folder)))
         try:
             return train_in(folder, c, given, device, ranks)
         except (RuntimeError, MemoryError) as error:
@@ -287,7 +249,7 @@ def train_in(folder: Path, c: SimpleNamespace, given: set[str], device: torch.de
     image_set = distributed.once_per_machine_first(ranks, lambda: load_data(c))
     names = "\n".join(image_set.paths).encode("utf-8", "surrogateescape")
     distributed.check_equal(ranks, zlib.crc32(names), "their images: give each machine the same folder")
-    distributed.on_rank_0(ranks, lambda: describe_run(c, image_set, folder))
+    distributed.on_rank_0(ranks, lambda: run_state.describe_run(c, image_set, folder))
     print_start(c, state, image_set)
     if state.counters["step"] >= c.STEPS:
         print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher --steps to continue")

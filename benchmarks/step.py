@@ -1,68 +1,95 @@
-"""How fast one training step is, beside a textbook version of the same mathematics and beside the machine's best.
+"""Speed of one training step, beside a textbook version of the same mathematics and the machine's peak.
 
-    python benchmarks/step.py --batch-size 16                  # the reference shape, (16, 3, 128, 128)
+    python benchmarks/step.py --batch-size 16                  # a batch of (16, 3, 128, 128)
     python benchmarks/step.py --image-size 64 --profile        # any constant of config.py; the ten costliest operators
-    python benchmarks/step.py --compile --repeats 20           # the shipped code compiled
 
-First it checks that both versions compute the same losses. Then both make STEPS_A_TURN steps at a time, in turns, in
-one process, the textbook's with the C library's own way with memory (see training_step.keep_freed_memory): medians,
-and the range of the ratio over the turns. Between them a matrix product and a convolution are timed, whose best is
-what the machine can do. The table says where a step of the shipped code goes: multiply-adds (as in the summary that
-training.py prints, backward passes included) and seconds of each part, timed alone. Random pictures;
+First checks that both versions compute the same losses. Then both make STEPS_PER_TURN steps in turns, in one process;
+the textbook version uses glibc's default memory settings (update.keep_freed_memory). Prints the medians and the range
+of their ratio over the turns, and the peak of the machine: the faster of a matrix product and a convolution. A table
+lists multiply-adds, backward passes included, and seconds of each part of a step, timed alone. Images are random;
 nothing is read or written.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
+import tables
+import textbook
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import textbook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import command_line
 import data
 import losses
+import run_state
 import training_step
-from model_definitions import CountMultiplyAdds
+import update
+from command_line import positive
+from errors import RunError
 
 TOLERANCE = 2e-3         # of a loss, relative: float32 sums in another order
-STEPS_A_TURN = 4
+STEPS_PER_TURN = 4
+
+
+# ------------------------------------------------------------------------------------- multiply-adds
+
+class CountMultiplyAdds(TorchDispatchMode):
+    """Counts the multiply-adds of convolutions and matrix products in `total`.
+
+    torch's FlopCounterMode raises under a double backward, and counts fused attention as 0 on the CPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(operator, "_overloadpacket", None))
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out) // 2      # the registry counts both operations
+        return out
+
+
+def multiply_adds(function: Callable) -> int:
+    """Returns the multiply-adds of function(), backward passes inside included."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), CountMultiplyAdds() as counter:
+        function()
+    return counter.total
 
 
 # ------------------------------------------------------------------------------------- what is timed
 
-def random_images(c, count=256):
-    """An ImageSet of smooth random pictures in memory."""
+def random_images(c, count: int = 256) -> data.ImageSet:
+    """Returns an ImageSet of smooth random images in memory."""
     coarse = torch.rand(count, c.CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, size=c.IMAGE_SIZE, mode="bicubic").clamp(0, 1)
     pixels = (smooth * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     return data.ImageSet(pixels, [str(i) for i in range(count)], np.arange(count), np.arange(0), [])
 
 
-def wait(device):
+def now(device: torch.device) -> float:
+    """Returns the time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def seconds(function, device):
-    """Wall-clock time of one call, the device's work included."""
-    wait(device)
-    start = time.perf_counter()
+def seconds(function: Callable, device: torch.device) -> float:
+    """Returns the wall-clock time of one call, the device's work included."""
+    start = now(device)
     function()
-    wait(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def machine_best(device):
-    """(matrix product, convolution), FLOP/s in float32: what a step is held against."""
+def machine_peak(device: torch.device) -> tuple[float, float]:
+    """Returns the FLOP/s of a matrix product and of a convolution in float32."""
     a = torch.randn(2048, 2048, device=device)
     x = torch.randn(16, 128, 32, 32, device=device).to(memory_format=torch.channels_last)
     kernel = torch.randn(128, 128, 3, 3, device=device).to(memory_format=torch.channels_last)
@@ -71,164 +98,140 @@ def machine_best(device):
                 2 * 16 * 128 * 128 * 9 * 32 ** 2 / seconds(lambda: F.conv2d(x, kernel, padding=1), device))
 
 
-def parts(state, c, image_set):
-    """{name: (function, calls a step)}: each part of a step alone, forward and backward as the step does them."""
-    batch = training_step.make_batch(state, c, image_set, 0)
+def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
+    """Returns {name: (function, calls per step)}: each part of a step alone, forward and backward."""
+    batch = training_step.draw_batch(state, c, image_set, 0)
     vae, layer, critic = state.generator.vae, state.generator.layer, state.critic
-    z = torch.cat([batch.z, batch.posterior_noise]).requires_grad_()
+    z = torch.cat([batch.z, batch.posterior_noise]).requires_grad_()         # of the fakes and the reconstructions
     with torch.no_grad():
         x = vae.decode(z)
-        fake = layer(x)[:c.BATCH_SIZE]
-        tokens = layer.tokens(x, changes=batch.changes)
-        s = layer.alpha(x)
-    fake, tokens, x, s = (t.detach().requires_grad_() for t in (fake, tokens, x, s))
+        fake, tokens, alpha = layer(x)[:c.BATCH_SIZE], layer.tokens(x, changes=batch.changes), layer.alpha(x)
+    tokens, x, alpha = (t.requires_grad_() for t in (tokens, x, alpha))
+
+    def critic_scores():
+        losses.critic_loss(*critic(torch.cat([batch.real, fake])).chunk(2), c.LAMBDA_DRIFT).backward()
 
     def penalty():
-        losses.gradient_penalty(losses.gradient_norm(critic, fake.detach()[::c.GP_EVERY])).backward()
+        losses.gradient_penalty(losses.gradient_norm(critic, fake[::c.GP_EVERY])).backward()
 
     def frozen_critic():
-        critic.requires_grad_(False)
-        critic(fake).mean().backward()
-        critic.requires_grad_(True)
+        with update.frozen(critic):
+            critic(fake.clone().requires_grad_()).mean().backward()
 
-    def heads():
+    def encoder():
         mu, logvar = vae.encode(batch.real)
         (mu.mean() + logvar.mean()).backward()
 
-    def transformer():
-        layer.to_s(layer.encode(tokens)).mean().backward()
-
-    def alpha():
-        small = F.interpolate(F.avg_pool2d(s, 4), size=x.shape[2:], mode="bilinear")
+    def alpha_and_tanh():
+        small = F.interpolate(F.avg_pool2d(alpha, layer.CELL), size=x.shape[2:], mode="bilinear")
         layer.apply_alpha(x, layer.alpha_init * layer.alpha_span ** torch.tanh(small)).mean().backward()
 
-    def update():
-        training_step.apply_update(state, state.critic, state.critic_optimizer)
-        training_step.apply_update(state, state.generator, state.generator_optimizer)
-        training_step.update_ema(state, c)
+    def updates():
+        update.apply_if_finite(state, state.critic, state.critic_optimizer)
+        update.apply_if_finite(state, state.generator, state.generator_optimizer)
+        update.update_ema(state, c)
 
     return {
-        "critic scores": (lambda: training_step.critic_scores(critic, batch.real, fake.detach(), 0.0)[0].backward(),
-                          c.N_CRITIC),
+        "critic scores": (critic_scores, c.N_CRITIC),
         "gradient penalty": (penalty, c.N_CRITIC),
         "critic in the generator's update": (frozen_critic, 1),
-        "encoder": (heads, 1),
+        "encoder": (encoder, 1),
         "decoder": (lambda: vae.decode(z).mean().backward(), 1),
         "layer: video and patch tokens": (
             lambda: layer.tokens(x, changes=batch.changes).square().mean().backward(), 1),
-        "layer: Transformer and alpha head": (transformer, 1),
-        "layer: alpha and tanh": (alpha, 1),
-        "optimizers, finite checks, EMA": (update, 1),
-        "batch and random draws": (lambda: training_step.make_batch(state, c, image_set, 0), c.N_CRITIC),
+        "layer: Transformer and alpha head": (lambda: layer.to_s(layer.encode(tokens)).mean().backward(), 1),
+        "layer: alpha and tanh": (alpha_and_tanh, 1),
+        "optimizers, finite checks, EMA": (updates, 1),
+        "batch and random draws": (lambda: training_step.draw_batch(state, c, image_set, 0), c.N_CRITIC),
     }
-
-
-def count(function):
-    """Multiply-adds of one call; the MATH backend, since fused attention can't be looked into."""
-    with sdpa_kernel(SDPBackend.MATH), CountMultiplyAdds() as counter:
-        function()
-    return counter.total
 
 
 # ------------------------------------------------------------------------------------- what is printed
 
-def check_same_losses(state, book, c, image_set):
-    """Both versions from the same weights, one step; raises SystemExit where they differ."""
+def check_same_losses(state, book, c, image_set) -> None:
+    """Makes one step with both versions from the same weights. Raises RunError if a loss differs."""
     ours = {name: float(value) for name, value in training_step.training_step(state, c, image_set).items()}
     theirs = textbook.training_step(book, c, image_set)
-    worst = max(theirs, key=lambda name: abs(ours[name] - theirs[name]) / max(1, abs(theirs[name])))
-    for name, value in theirs.items():
-        if abs(ours[name] - value) > TOLERANCE * max(1, abs(value)):
-            raise SystemExit(f"step.py: {name} is {ours[name]:.6g} here and {value:.6g} in the textbook's step")
-    print(f"same losses: {', '.join(theirs)}; furthest apart {worst}, {ours[worst]:.6g} and {theirs[worst]:.6g}")
+    apart = {name: abs(ours[name] - value) / max(1, abs(value)) for name, value in theirs.items()}
+    worst = max(apart, key=apart.get)
+    words = f"{worst} is {ours[worst]:.6g} in this project and {theirs[worst]:.6g} in the textbook version"
+    if not apart[worst] <= TOLERANCE:
+        raise RunError(f"the losses differ: {words}")
+    print(f"same losses: {', '.join(theirs)}; the largest difference: {words}")
 
 
-def compare(state, book, c, image_set, repeats):
-    """Alternating turns; returns the machine's best in FLOP/s."""
-    def timed_steps(function, which):
-        def turn():
-            for _ in range(STEPS_A_TURN):
-                function(which, c, image_set)
+def compare(state, book, c, image_set, repeats: int) -> float:
+    """Times both versions in alternating turns and prints the result. Returns the machine's peak in FLOP/s."""
+    def turn(step, which):
+        update.keep_freed_memory(which is state)
+        step(which, c, image_set)                                # settles memory and caches
+        return seconds(lambda: [step(which, c, image_set) for _ in range(STEPS_PER_TURN)],
+                       state.device) / STEPS_PER_TURN
 
-        training_step.keep_freed_memory(which is state)
-        turn()                                                   # settles memory and caches after the other's turn
-        return seconds(turn, state.device) / STEPS_A_TURN
-
-    ours, theirs, best = [], [], []
-    for turn in range(repeats + 1):                              # the first turn warms up
-        best.append(machine_best(state.device))
-        pair = timed_steps(training_step.training_step, state), timed_steps(textbook.training_step, book)
-        if turn:
-            ours.append(pair[0])
-            theirs.append(pair[1])
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    product, convolution = (statistics.median(column) for column in zip(*best[1:]))
+    rounds = [(turn(training_step.training_step, state), turn(textbook.training_step, book),
+               *machine_peak(state.device)) for _ in range(repeats + 1)][1:]                 # the first one warms up
+    ours, theirs, products, convolutions = zip(*rounds)
     for name, values in (("this project", ours), ("textbook", theirs)):
         median = statistics.median(values)
-        print(f"{name:14}{median:8.3f} s a step ({min(values):.3f} to {max(values):.3f})"
+        print(f"{name:14}{median:8.3f} s per step ({min(values):.3f} to {max(values):.3f})"
               f"{c.BATCH_SIZE / median:8.1f} images/s")
+    ratios = [b / a for a, b in zip(ours, theirs)]
     print(f"{'ratio':14}{statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    product, convolution = statistics.median(products), statistics.median(convolutions)
     print(f"machine: matrix product {product / 1e9:.0f}, convolution {convolution / 1e9:.0f} GFLOP/s, float32, "
           f"{torch.get_num_threads()} threads")
     return max(product, convolution)
 
 
-def print_parts(state, c, image_set, best, rounds):
-    """Times whole steps and each part alone in the same rounds, so that a change of the machine's speed hits all."""
-    whole, table = [], {name: (*entry, []) for name, entry in parts(state, c, image_set).items()}
+def print_parts(state, c, image_set, peak: float, rounds: int) -> None:
+    """Times whole steps and each part in the same rounds, so that a change of the machine's speed affects all."""
+    found, times = parts(state, c, image_set), []
     for _ in range(rounds + 1):
-        whole.append(seconds(lambda: [training_step.training_step(state, c, image_set) for _ in range(STEPS_A_TURN)],
-                             state.device) / STEPS_A_TURN)
-        for function, calls, durations in table.values():
-            durations.append(calls * seconds(function, state.device))
-    step_seconds = statistics.median(whole[1:])
+        times.append([seconds(lambda: training_step.training_step(state, c, image_set), state.device),
+                      *(calls * seconds(function, state.device) for function, calls in found.values())])
+    step_seconds, *durations = (statistics.median(column) for column in zip(*times[1:]))
+    counts = [calls * multiply_adds(function) for function, calls in found.values()]
     print(f"{'part':36}{'multiply-adds':>15}{'seconds':>10}{'of the step':>13}{'of the peak':>13}")
-    total, layer = 0, 0.0
-    for name, (function, calls, durations) in table.items():
-        duration, adds = statistics.median(durations[1:]), round(calls * count(function))
-        total += adds
-        layer += duration * name.startswith("layer")
-        print(f"{name:36}{adds:15,}{duration:10.3f}{duration / step_seconds:12.0%} {2 * adds / duration / best:12.0%}")
-    print(f"{'a step':36}{total:15,}{step_seconds:10.3f}{1:12.0%} {2 * total / step_seconds / best:12.0%}")
-    print(f"the layer takes {layer / step_seconds:.0%} of a step; "
-          f"{2 * total / step_seconds / 1e9:.0f} GFLOP/s of {best / 1e9:.0f}")
+    for name, count, duration in zip((*found, "a step"), (*counts, sum(counts)), (*durations, step_seconds)):
+        print(f"{name:36}{count:15,}{duration:10.3f}{duration / step_seconds:13.0%}{2 * count / duration / peak:13.0%}")
+    layer = sum(duration for name, duration in zip(found, durations) if name.startswith("layer"))
+    print(f"the layer takes {layer / step_seconds:.0%} of a step")
 
 
-def print_profile(state, c, image_set):
+def print_profile(state, c, image_set) -> None:
+    """Prints the ten operators with the largest share of a step's time."""
     with torch.profiler.profile() as profile:
-        for _ in range(STEPS_A_TURN):
-            training_step.training_step(state, c, image_set)
-    key = "self_device_time_total" if state.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(profile.key_averages(), key=lambda row: getattr(row, key), reverse=True)
-    whole = sum(getattr(row, key) for row in rows)
-    for row in rows[:10]:
-        print(f"{row.key[:60]:60}{getattr(row, key) / whole:7.1%}{row.count // STEPS_A_TURN:7} calls a step")
+        training_step.training_step(state, c, image_set)
+    kind = "cuda" if state.device.type == "cuda" else "cpu"
+    print(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=60))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=8, help="turns that are counted [%(default)s]")
+# ------------------------------------------------------------------------------------- command line
+
+def start(argv) -> None:
+    parser = command_line.Parser("step.py", __doc__)
+    parser.add_argument("--repeats", type=positive(int), default=8, metavar="N", help="timed turns [%(default)s]")
     parser.add_argument("--profile", action="store_true", help="print the ten costliest operators")
-    arguments, flags = parser.parse_known_args(argv)
-    try:
-        c, _ = command_line.parse_constants(flags, "step.py", __doc__)
-        device = command_line.choose_device(c.DEVICE)
-    except command_line.InputError as error:
-        print(f"step.py: {error}", file=sys.stderr)
-        return 2
-    training_step.set_up(device, c)
-    state, image_set = training_step.new_state(c, device), random_images(c)
-    torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)     # at 0 no gradient would pass the head
+    arguments, flags = tables.parse(parser, argv)
+    c, _ = command_line.parse_constants(flags)
+    device = command_line.choose_device(c.DEVICE)
+    update.set_up(device, c)
+    state, image_set = run_state.new_state(c, device), random_images(c)
+    torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)     # with zeros no gradient passes the head
     book = textbook.like(state, c)
     print(f"batch ({c.BATCH_SIZE}, {c.CHANNELS}, {c.IMAGE_SIZE}, {c.IMAGE_SIZE}), {c.TRANSFORMER_HEADS} heads, "
           f"{c.TRANSFORMER_LAYERS} layers; torch {torch.__version__} on {device}")
     check_same_losses(state, book, c, image_set)
-    best = compare(state, book, c, image_set, arguments.repeats)
-    training_step.set_up(device, c)
-    print_parts(state, c, image_set, best, arguments.repeats)
+    peak = compare(state, book, c, image_set, arguments.repeats)
+    update.set_up(device, c)
+    print_parts(state, c, image_set, peak, arguments.repeats)
     if arguments.profile:
         print_profile(state, c, image_set)
-    return 0
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 0 done, 1 the losses differ, 2 invalid input."""
+    return command_line.run_script("step.py", start, argv)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,184 @@
-"""evaluate.py: main in process on folders, a run and bad input; the extractor is a small stand-in unless its weights
-are at hand."""
+"""evaluate.py: extractors on weights and files that the tests write themselves, main on small folders and a run."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import SMALL
 from PIL import Image
+from torch import nn
 
 import data
 import evaluate
 import training
+from errors import InputError
 
 
-class StandIn:
-    """Features that need no weights: mean and deviation of each channel in a 2 x 2 raster."""
-    name = "a stand-in, 24 features"
+def images(count=3, side=40, channels=3):
+    return torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
 
-    def __call__(self, images):
-        cells = images.float().unflatten(3, (2, -1)).unflatten(2, (2, -1))
-        return torch.cat([cells.mean((3, 5)).flatten(1), cells.std((3, 5)).flatten(1)], dim=1)
 
+# ------------------------------------------------------------------------------------- torchvision's classifiers
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: StandIn())
+def hub(tmp_path, monkeypatch):
+    """The empty folder in which torch.hub keeps weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
 
 
-def folder(path, count, level, seed):
-    """Pictures of noise around a grey level, in a folder of their own."""
-    path.mkdir()
-    g = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(g.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)).save(path / f"{i}.png")
-    return path
+def save_random_weights(hub, network, weights):
+    """Writes them with the names of layers that the published files have."""
+    state = {re.sub(r"(denselayer\d+\.)(norm|conv)(\d)", r"\1\2.\3", key): value
+             for key, value in network.state_dict().items()}
+    torch.save(state, hub / Path(weights.url).name)
 
 
-def numbers(text):
-    """The first number of each line that begins with a score's name."""
-    names = ("Frechet distance", "KID x 1000", "precision", "recall", "diversity", "sliced Wasserstein", "copies, 1%",
-             "copies, 5%", "nearest image", "reconstruction L1", "reconstruction PSNR", "reconstruction SSIM")
-    return {name: float(line.removeprefix(name).split()[0].rstrip("%")) for line in text.splitlines()
-            for name in names if line.startswith(name)}
+def as_trained(pixels, weights):
+    """Returns images of the size and normalisation of the weights' preset, without its cropping."""
+    preset = weights.transforms()
+    small = torchvision.transforms.functional.resize(pixels.float() / 255, preset.crop_size, antialias=True)
+    return torchvision.transforms.functional.normalize(small, preset.mean, preset.std)
+
+
+def relative_difference(a, b):
+    """Random weights make features of any size, down to 1e-6."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name, layer", [("squeezenet1_1", "classifier.1"), ("shufflenet_v2_x0_5", "fc"),
+                                         ("densenet121", "classifier")])
+def test_features_are_the_input_of_the_last_layer(hub, name, layer):
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    network = torchvision.models.get_model(name).eval()
+    save_random_weights(hub, network, weights)
+    extractor = evaluate.choose_extractor(name, "cpu")
+    pixels, seen = images(2, side=300), []                  # larger than 224 px, so that antialiasing matters
+    found = extractor(pixels)
+    network.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(as_trained(pixels, weights))
+    expected = seen[0] if seen[0].ndim == 2 else seen[0].relu().mean((2, 3))    # squeezenet: a convolution is last
+    assert relative_difference(found, expected) < 1e-3
+    assert f"{name} with {weights.name} weights, {found.shape[1]} features" in extractor.name
+    assert "224 px bilinear" in extractor.name and "FID" not in extractor.name
+
+
+def test_networks_with_another_normalisation_apply_it(hub):
+    """The reference is torchvision's own way to load these weights, which sets transform_input."""
+    weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
+    save_random_weights(hub, torchvision.models.googlenet(init_weights=False), weights)
+    network = torchvision.models.googlenet(weights=weights).eval()
+    network.fc = nn.Identity()
+    with torch.no_grad():
+        expected = network(as_trained(images(2), weights))
+    assert relative_difference(evaluate.choose_extractor("googlenet", "cpu")(images(2)), expected) < 1e-3
+
+
+def test_mobilenets_weights_give_useful_features():
+    extractor = evaluate.find_extractor("cpu")
+    if extractor is None:
+        pytest.skip("the weights of MobileNetV2 are not on this machine")
+    found, grey = extractor(images()), extractor(images()[:, :1])
+    assert found.shape == (3, 1280) and found.std() > 0.05
+    torch.testing.assert_close(grey, extractor(images()[:, :1].expand(-1, 3, -1, -1)))
+    assert (grey - found).abs().max() > 0.1
+
+
+def test_missing_weights_are_named_with_their_folder(hub):
+    with pytest.raises(InputError, match=r"resnet50-\w+\.pth") as caught:
+        evaluate.choose_extractor("resnet50", "cpu")
+    assert str(hub) in str(caught.value)
+
+
+def test_missing_weights_of_the_default_extractor(hub, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert evaluate.find_extractor("cpu") is None
+    assert evaluate.choose_extractor("auto", "cpu") is None and evaluate.choose_extractor("none", "cpu") is None
+    with pytest.raises(InputError, match=re.escape("requirements-weights.txt")):
+        evaluate.need_extractor("cpu")
+
+
+@pytest.mark.parametrize("content", [b"none", {"other": torch.ones(1)}, [1]])
+def test_damaged_weights_are_named(hub, content):
+    file = hub / Path(torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url).name
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(InputError, match=file.name):
+        evaluate.choose_extractor("squeezenet1_1", "cpu")
+
+
+# ------------------------------------------------------------------------------------- TorchScript files
+
+def write_torchscript(file, body):
+    """Writes a module whose forward(self, x) is `body`; returns the file's name."""
+    class Module(torch.jit.ScriptModule):        # a new class each time, because define() changes the class
+        pass
+
+    module = Module()
+    module.define(f"def forward(self, x):\n    {body}\n")
+    module.save(str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
+    file = write_torchscript(tmp_path / "means.pt", "return x.mean((2, 3))")
+    pixels = images(evaluate.CPU_FEATURES_BATCH + 1, channels=channels)
+    found = evaluate.choose_extractor(file, "cpu")(pixels)
+    torch.testing.assert_close(found, pixels.double().mean((2, 3)).expand(-1, 3).float() / 255)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("return x.mean((1, 2, 3))", "float32 (3,)"),
+    ("return x.mean((2, 3)) / 0", "finite"),
+    ("return x.mean((2, 3)).long()", "int64 (3, 3)"),
+    ("return [x.mean((2, 3))]", "list"),
+    ("return x.flatten(1) @ torch.ones([7, 2])", "(3, 3, 40, 40)"),
+    ("raise Exception('images of 299 px, please')", "299 px, please")])
+def test_a_torchscript_file_that_is_no_extractor_is_refused_in_one_line(tmp_path, body, words):
+    file = write_torchscript(tmp_path / "net.pt", body)
+    with pytest.raises(InputError) as caught:
+        evaluate.choose_extractor(file, "cpu")(images())
+    line = str(caught.value)
+    assert words in line and file in line and "\n" not in line and len(line) < 500
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", nn.Linear(2, 2).state_dict()])
+def test_a_file_that_is_no_torchscript_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "net.pt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(InputError, match="not a readable TorchScript file") as caught:
+        evaluate.choose_extractor(str(file), "cpu")
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- parts
+
+class MeanColour(nn.Module):
+    """A generator whose latent space is an image's mean colour, and whose images have that colour everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae, self.weight = self, nn.Parameter(torch.zeros(1))
+
+    def encode(self, image):
+        return image.mean((2, 3)), None
+
+    def forward(self, z):
+        return z[:, :, None, None].expand(-1, -1, 32, 32)
 
 
 def image_set(images, held_out=0):
-    """An ImageSet of uint8 (N, H, W, C) in memory, whose last `held_out` images are held out."""
+    """Returns an ImageSet of uint8 (N, H, W, C) in memory, whose last `held_out` images are held out."""
     rows = np.arange(len(images))
     names = [f"folder/{i}.png" for i in rows]
     return data.ImageSet(images, names, rows[:len(rows) - held_out], rows[len(rows) - held_out:], [])
@@ -58,22 +192,147 @@ def to_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-class MeanColour(torch.nn.Module):
-    """A generator whose latent space is a picture's mean colour, and its picture that colour."""
-    def __init__(self):
-        super().__init__()
-        self.vae, self.weight = self, torch.nn.Parameter(torch.zeros(1))
+def numbers(text):
+    """Returns {name: number} of the lines that begin with a score's name."""
+    names = ("Frechet distance", "KID x 1000", "precision", "recall", "diversity", "sliced Wasserstein", "copies, 1%",
+             "copies, 5%", "nearest image", "reconstruction L1")
+    return {name: float(line.removeprefix(name).split()[0]) for line in text.splitlines()
+            for name in names if line.startswith(name)}
 
-    def encode(self, image):
-        return image.mean((2, 3)), None
 
-    def forward(self, z):
-        return z[:, :, None, None].expand(-1, -1, 32, 32)
+def test_shares_of_generated_images_make_up_the_whole():
+    whole = evaluate.generate(MeanColour(), 3, 7, seed=2)
+    parts = [evaluate.generate(MeanColour(), 3, 7, seed=2, share=(i, 3)) for i in range(3)]
+    assert whole.shape == (7, 3, 32, 32) and torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole, evaluate.generate(MeanColour(), 3, 7, seed=3))
+
+
+def test_samples_are_distinct_training_images_that_depend_on_the_seed():
+    of = image_set(noise(50, 16), held_out=20)
+    found = evaluate.sample_images(of, 10)
+    train = to_tensor(of.images[:30])
+    rows = [int((train == image).flatten(1).all(1).nonzero()) for image in found]
+    assert len(set(rows)) == 10 and len(evaluate.sample_images(of, 100)) == 30
+    assert torch.equal(found, evaluate.sample_images(of, 10))
+    assert not torch.equal(found, evaluate.sample_images(of, 10, seed=1))
+
+
+def test_distance_of_thumbnails_is_the_root_mean_square_in_levels():
+    plain = torch.full((2, 3, 48, 48), 100, dtype=torch.uint8)
+    plain[1] += 30
+    a, b = evaluate.thumbnails(plain)
+    assert (a - b).norm().item() == pytest.approx(30)
+
+
+def test_scores_use_given_features_and_tell_precision_from_recall():
+    real = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    found = evaluate.scores(to_tensor(noise(8)), to_tensor(noise(16, seed=1)), lambda _: pytest.fail("computed again"),
+                            real_features=torch.cat([real, real + 10]), features=real)
+    assert (found["precision"], found["recall"]) == (1, 0.5)
+    assert list(found) == ["frechet", "kid", "kid_error", "precision", "recall", "diversity", "sliced_wasserstein"]
+
+
+def test_copies_are_found_and_shown_beside_their_training_images(capsys):
+    real = noise(300, 16)
+    of = torch.tensor([7, 150, 299, 42])
+    generated = torch.cat([to_tensor(noise(4, 16, seed=1) // 2), to_tensor(real)[of]])
+    sheet = evaluate.check_copies(generated, image_set(real))
+    found = numbers(capsys.readouterr().out)
+    assert found["copies, 1%"] == found["copies, 5%"] == 0.5
+    label = sheet.shape[0] // 2 - 16 - 4                 # two rows of a label, an image and half of a gap
+    np.testing.assert_array_equal(sheet[label:label + 16, :16], real[7])
+    np.testing.assert_array_equal(sheet[label:label + 16, 18:34], real[7])
+
+
+@pytest.mark.parametrize("held_out", [0, 40])
+def test_copy_check_compares_with_held_out_images_if_there_are_any(held_out, capsys):
+    real, one = noise(120, 16), noise(1, 16, seed=1)
+    real[100] = real[3]                                  # a held-out image equals a training image
+    evaluate.check_copies(to_tensor(one), image_set(real, held_out))
+    out = capsys.readouterr().out
+    train = real[:120 - held_out].reshape(120 - held_out, -1).astype(float)
+
+    def to_nearest(image, among):
+        return np.sqrt(((image.reshape(-1) - among) ** 2).mean(1)).min()
+
+    if held_out:
+        expected = np.median([to_nearest(image, train) for image in real[80:]])
+    else:
+        expected = np.median([to_nearest(image, np.delete(train, i, 0)) for i, image in enumerate(real)])
+    line, = (line for line in out.splitlines() if line.startswith("nearest image"))
+    assert numbers(line)["nearest image"] == pytest.approx(to_nearest(one, train), abs=1e-3)
+    assert float(line.split(";")[1].split()[0]) == pytest.approx(expected, rel=0.005)       # torch's median is lower
+    assert ("40 held-out images" in out) == bool(held_out) != ("no image is held out" in out)
+
+
+def test_the_worst_reconstruction_and_the_near_duplicates_are_found(capsys):
+    """Plain images, except for one that is half black, half white: its reconstruction, grey, is 127 or 128 levels
+    off."""
+    colours = np.random.default_rng(0).integers(0, 256, (60, 1, 1, 3), dtype=np.uint8)
+    real = np.broadcast_to(colours, (60, 32, 32, 3)).copy()
+    real[11], real[11, :16] = 255, 0
+    real[33] = real[20]
+    real[33, 5, 5] ^= 7                                  # not equal, but nearly so
+    of, generator = image_set(real, held_out=10), MeanColour()
+    rows, mu, errors = evaluate.reconstruct_folder(generator, of, count=100)
+    held_out, train = capsys.readouterr().out.splitlines()
+    assert sorted(rows.tolist()) == list(range(60))
+    assert len(evaluate.reconstruct_folder(generator, of, count=4)[0]) == 4 + evaluate.TRAINING_FACTOR * 4
+    capsys.readouterr()
+    assert "10 held-out images" in held_out and numbers(held_out)["reconstruction L1"] == 0
+    assert "50 training images" in train and numbers(train)["reconstruction L1"] == pytest.approx(127.5 / 50, rel=0.01)
+
+    sheet = evaluate.show_worst(generator, of, rows, errors)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["1", "127.5", "levels", "folder/11.png"] and lines[2].split()[1:3] == ["0.0", "levels"]
+    np.testing.assert_array_equal(sheet[22:54, :32], real[11])                   # under its label
+    assert abs(int(sheet[60, 10, 0]) - 127) <= 1                                 # its reconstruction, below
+
+    sheet = evaluate.show_near_duplicates(of, rows, mu)
+    names = capsys.readouterr().out.splitlines()[1].split()[4:]
+    assert set(names) == {"folder/20.png", "folder/33.png"}
+    np.testing.assert_array_equal(sheet[22:54, :32], real[of.paths.index(names[0])])
+
+
+# ------------------------------------------------------------------------------------- main
+
+class StandIn:
+    """Features that need no weights: mean and deviation of each channel in a 2 x 2 raster."""
+
+    name = "a stand-in, 24 features"
+
+    def __call__(self, images):
+        cells = images.float().unflatten(3, (2, -1)).unflatten(2, (2, -1))
+        return torch.cat([cells.mean((3, 5)).flatten(1), cells.std((3, 5)).flatten(1)], dim=1)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(evaluate, "find_extractor", lambda device: StandIn())
+
+
+def folder(path, count, level=128, seed=0):
+    """Writes images of noise around a grey level to a new folder."""
+    path.mkdir()
+    g = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(g.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with real/, 21 images of which two are equal, and runs/real, a run of two steps on them."""
+    root = tmp_path_factory.mktemp("trained")
+    real = folder(root / "real", 20)
+    shutil.copy(real / "3.png", real / "20.png")
+    assert training.main(["--data", str(real), "--runs-dir", str(root / "runs"), "--steps", "2", *SMALL]) == 0
+    return root
 
 
 def test_two_folders_alike_are_nearer_than_two_that_are_not(tmp_path, monkeypatch, capsys, stand_in):
     monkeypatch.chdir(tmp_path)
-    real, alike = folder(tmp_path / "real", 40, 100, 0), folder(tmp_path / "alike", 40, 100, 1)
+    real, alike = folder(tmp_path / "real", 40, 100), folder(tmp_path / "alike", 40, 100, 1)
     darker = folder(tmp_path / "darker", 40, 60, 2)
     found = {}
     for other in (alike, darker):
@@ -87,28 +346,50 @@ def test_two_folders_alike_are_nearer_than_two_that_are_not(tmp_path, monkeypatc
     assert found["alike"]["diversity"] == pytest.approx(1, abs=0.1)
 
 
-def test_a_run_is_scored_by_its_averaged_generator_and_a_seed_repeats(tmp_path, monkeypatch, capsys, stand_in):
+def test_a_copied_folder_is_reported_as_copies_and_needs_no_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    real = folder(tmp_path / "real", 20, 128, 0)
-    assert training.main(["--data", str(real), "--steps", "2", *SMALL]) == 0
-    capsys.readouterr()
+    monkeypatch.setattr(evaluate, "find_extractor", lambda device: None)
+    real = folder(tmp_path / "real", 20)
+    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 0
+    out = capsys.readouterr().out
+    assert "no Frechet distance: no weights" in out
+    assert numbers(out) == {"diversity": 1, "sliced Wasserstein": 0, "copies, 1%": 1, "copies, 5%": 1,
+                            "nearest image": 0}
+    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["copies.png"]
+
+
+def test_the_seed_determines_the_scores_of_a_run(trained, monkeypatch, capsys, stand_in):
+    monkeypatch.chdir(trained)
     outputs = []
     for extra in ([], [], ["--seed", "1"]):
-        assert evaluate.main(["runs/real", "--data", str(real), "--count", "16", *extra]) == 0
+        assert evaluate.main(["runs/real", "--data", "real", "--count", "16", *extra]) == 0
         outputs.append(capsys.readouterr().out)
-    assert "16 pictures against 16 real ones, 32 px" in outputs[0]
+    assert "16 images against 16 real images, 32 px" in outputs[0]
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_without_weights_a_line_says_so_and_the_other_score_is_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: None)
-    real = folder(tmp_path / "real", 8, 128, 0)
-    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32"]) == 0
+def test_a_run_gets_its_sheets_and_a_list_of_existing_files(trained, monkeypatch, capsys, stand_in):
+    monkeypatch.chdir(trained)
+    assert evaluate.main(["runs/real", "--data", "real", "--count", "16"]) == 0
     out = capsys.readouterr().out
-    found = numbers(out)
-    assert "no Frechet distance" in out and "Frechet distance" not in found
-    assert (found["sliced Wasserstein"], found["diversity"]) == (0, 1)
+    assert len(numbers(out)) == 10 and "21 training images" in out
+    sheets = {"copies.png", "worst_reconstructed.png", "near_duplicates.png"}
+    assert {file.name for file in Path("runs/real/evaluation").iterdir()} == sheets
+    duplicates = next(line.split() for line in out.split("near-duplicates")[1].splitlines()[1:])
+    assert duplicates[:4] == ["1", "0.00", "0.0", "levels"] and set(duplicates[4:]) == {"3.png", "20.png"}
+    worst = [line.split()[3] for line in out.split("near-duplicates")[0].splitlines() if " levels  " in line]
+    assert len(worst) == 18 and all((trained / "real" / name).is_file() for name in worst)
+
+
+def test_without_near_duplicates_the_sheet_of_an_earlier_evaluation_goes(trained, tmp_path, monkeypatch, stand_in):
+    monkeypatch.chdir(tmp_path)
+    different = folder(tmp_path / "different", 20, seed=1)
+    file = next((trained / "runs/real/checkpoints").glob("*.pt"))
+    for name in ("near_duplicates.png", "other.png"):
+        (tmp_path / name).write_bytes(b"earlier")
+    assert evaluate.main([str(file), "--data", str(different), "--count", "16", "--out", str(tmp_path)]) == 0
+    assert {f.name for f in tmp_path.glob("*.png")} == {"copies.png", "worst_reconstructed.png", "other.png"}
+    assert not (file.parent / "evaluation").exists()
 
 
 @pytest.mark.parametrize("argv, word", [
@@ -119,142 +400,28 @@ def test_without_weights_a_line_says_so_and_the_other_score_is_there(tmp_path, m
     (["DIR", "--data", "DIR", "--image-size", "33"], "--image-size"),
     (["DIR"], "--data"),
     (["DIR", "--data", "DIR", "--extractor", "resnet51"], "resnet51"),
-    (["DIR", "--data", "DIR", "--extractor", "nowhere.pt"], "nowhere.pt"),
+    (["DIR", "--data", "DIR", "--extractor", "raft_small"], "raft_small: no such file and no image classifier"),
+    (["DIR", "--data", "DIR", "--extractor", "nowhere.pt"], "nowhere.pt: no such file"),
     (["DIR", "--data", "DIR", "--image-size", "32", "--out", "real/0.png"], "real/0.png"),
     (["FEW", "--data", "DIR", "--image-size", "32", "--out", "new"], "few"),
     (["DIR", "--data", "FEW", "--image-size", "32", "--out", "new"], "few"),
 ])
 def test_bad_input_is_one_line_and_status_2(argv, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folders = {"DIR": str(folder(tmp_path / "real", 4, 128, 0)), "FEW": str(folder(tmp_path / "few", 3, 128, 0))}
+    folders = {"DIR": str(folder(tmp_path / "real", 4)), "FEW": str(folder(tmp_path / "few", 3))}
     assert evaluate.main([folders.get(a, a) for a in argv]) == 2
     error = capsys.readouterr().err.strip()
     assert word in error and "\n" not in error and not (tmp_path / "new").exists()
 
 
-def test_the_weights_load_and_give_features_of_the_whole_network():
-    """Equal to torchvision's own forward pass up to its classifier."""
-    extractor = evaluate.find_extractor(torch.device("cpu"))
-    if extractor is None:
-        pytest.skip("the weights of MobileNetV2 are not on this machine")
-    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = extractor(images)
-    assert found.shape == (3, 1280) and found.std() > 0.05
-    grey = extractor(images[:, :1])
-    torch.testing.assert_close(grey, extractor(images[:, :1].expand(-1, 3, -1, -1)))
-    assert (grey - found).abs().max() > 0.1
-
-
-def test_copies_are_found_and_put_beside_their_images():
-    images = noise(300, 16)
-    of = torch.tensor([7, 150, 299, 42])
-    generated = torch.cat([to_tensor(noise(4, 16, seed=1)), to_tensor(images)[of]])
-    found = evaluate.copy_check(generated, image_set(images))
-    assert found["nearest"][4:].tolist() == of.tolist() and found["distances"][4:].tolist() == [0] * 4
-    assert found["compared"].min() > 50 and len(found["compared"]) == 256
-    sheet = evaluate.copies_sheet(found, generated, image_set(images))
-    label = sheet.shape[0] // 2 - 16 - 4                 # two rows of a label, a picture and half of a gap
-    np.testing.assert_array_equal(sheet[label:label + 16, :16], images[7])
-    np.testing.assert_array_equal(sheet[label:label + 16, 18:34], images[7])
-
-
-@pytest.mark.parametrize("held_out", [0, 40])
-def test_distances_are_compared_with_those_of_images_that_were_not_trained_on_if_there_are_any(held_out):
-    images = noise(120, 16)
-    images[100] = images[3]                              # a duplicate across the border
-    found = evaluate.copy_check(to_tensor(noise(5, 16, seed=1)), image_set(images, held_out))
-    assert len(found["compared"]) == (held_out or 120)
-    assert (found["compared"] == 0).sum() == (1 if held_out else 2)
-    assert (found["nearest"] < 120 - held_out).all()
-    lines = " ".join(evaluate.copy_lines(found, image_set(images, held_out)))
-    assert ("40 held-out images" in lines) == bool(held_out) != ("no image is held out" in lines)
-    flat = [images[i].reshape(16 * 16 * 3).astype(float) for i in range(120 - held_out)]
-    one = noise(5, 16, seed=1)[0].reshape(-1).astype(float)
-    assert found["distances"][0].item() == pytest.approx(min(np.sqrt(((one - x) ** 2).mean()) for x in flat), rel=1e-6)
-
-
-def test_small_pictures_distance_is_the_root_mean_square_of_levels():
-    plain = torch.full((2, 3, 48, 48), 100, dtype=torch.uint8)
-    plain[1] += 30
-    a, b = evaluate.small(plain)
-    assert (a - b).norm().item() == pytest.approx(30)
-
-
-def test_the_look_at_a_folder_finds_the_worst_and_the_near_duplicates():
-    """Plain pictures but for one that is half black, half white: its reconstruction, grey, is 127 or 128 levels off."""
-    colours = np.random.default_rng(0).integers(0, 256, (60, 1, 1, 3), dtype=np.uint8)
-    images = np.broadcast_to(colours, (60, 32, 32, 3)).copy()
-    images[11], images[11, :16] = 255, 0
-    images[33] = images[20]
-    images[33, 5, 5] ^= 7                                # not equal, but nearly so
-    of, generator = image_set(images, held_out=10), MeanColour()
-    look = evaluate.look_at_folder(generator, of, count=100)
-    assert sorted(look["rows"].tolist()) == list(range(60)) and look["held_out"].sum() == 10
-    sheet, lines = evaluate.worst_reconstructed(generator, of, look)
-    assert lines[1].split() == ["1", "127.5", "levels", "folder/11.png"] and lines[2].split()[1:3] == ["0.0", "levels"]
-    np.testing.assert_array_equal(sheet[22:54, :32], images[11])                 # under its label
-    assert abs(int(sheet[60, 10, 0]) - 127) <= 1                                 # its reconstruction, below
-    sheet, lines = evaluate.near_duplicates(of, look)
-    names = lines[1].split()[3:]
-    assert set(names) == {"folder/20.png", "folder/33.png"}
-    np.testing.assert_array_equal(sheet[22:54, :32], images[of.paths.index(names[0])])
-    held_out = evaluate.reconstruction_lines(look)
-    assert "10 held-out images" in held_out[0] and numbers(held_out[0])["reconstruction L1"] == 0
-    assert float(held_out[0].split(";")[1].split()[0]) == pytest.approx(127.5 / 50, rel=0.01)
-
-
-def test_pictures_far_from_each_other_are_no_near_duplicates():
-    grid = np.stack(np.meshgrid(*[np.arange(10, 250, 60)] * 3), axis=-1).reshape(-1, 1, 1, 3)
-    of = image_set(np.broadcast_to(grid.astype(np.uint8), (len(grid), 32, 32, 3)).copy())
-    look = evaluate.look_at_folder(MeanColour(), of, count=4)
-    assert len(look["rows"]) == 16                       # LOOK times count
-    look = evaluate.look_at_folder(MeanColour(), of, count=100)
-    sheet, (line,) = evaluate.near_duplicates(of, look)
-    assert sheet is None and "1.00 of the median" in line
-
-
-def test_a_run_leaves_its_sheets_and_names_files_that_are_there(tmp_path, monkeypatch, capsys, stand_in):
+def test_a_full_disk_leaves_no_partial_sheet(tmp_path, monkeypatch, capsys, stand_in):
     monkeypatch.chdir(tmp_path)
-    real = folder(tmp_path / "real", 20, 128, 0)
-    (real / "20.png").write_bytes((real / "3.png").read_bytes())
-    assert training.main(["--data", str(real), "--steps", "2", *SMALL]) == 0
-    capsys.readouterr()
-    assert evaluate.main(["runs/real", "--data", str(real), "--count", "16"]) == 0
-    out = capsys.readouterr().out
-    assert len(numbers(out)) == 12 and "20 training images" not in out and "21 training images" in out
-    sheets = {"copies.png", "worst_reconstructed.png", "near_duplicates.png"}
-    assert {file.name for file in (tmp_path / "runs/real/evaluation").iterdir()} == sheets
-    assert out.split("near-duplicates")[1].splitlines()[1].split() in (["1", "0.00", "0.0", "3.png", "20.png"],
-                                                                       ["1", "0.00", "0.0", "20.png", "3.png"])
-    worst = [line.split()[-1] for line in out.splitlines() if " levels  " in line]
-    assert len(worst) == 18 and all((real / name).is_file() for name in worst)
-
-    (real / "20.png").unlink()                           # no near-duplicates: their sheet goes
-    assert evaluate.main(["runs/real", "--data", str(real), "--count", "16"]) == 0
-    assert {file.name for file in (tmp_path / "runs/real/evaluation").iterdir()} == sheets - {"near_duplicates.png"}
-
-    file = next((tmp_path / "runs/real/checkpoints").glob("*.pt"))
-    assert evaluate.main([str(file), "--data", str(real), "--count", "16", "--out", "elsewhere"]) == 0
-    assert (tmp_path / "elsewhere/copies.png").is_file() and not (file.parent / "evaluation").exists()
-
-
-def test_a_copied_folder_is_called_copies(tmp_path, monkeypatch, capsys, stand_in):
-    monkeypatch.chdir(tmp_path)
-    real = folder(tmp_path / "real", 20, 128, 0)
-    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 0
-    found = numbers(capsys.readouterr().out)
-    assert (found["copies, 1%"], found["nearest image"], found["diversity"]) == (100, 0, 1)
-    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["copies.png"]
-
-
-def test_what_cannot_be_written_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, stand_in):
-    monkeypatch.chdir(tmp_path)
-    real = folder(tmp_path / "real", 6, 128, 0)
+    real = folder(tmp_path / "real", 6)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", full)
-    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 2
+    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 1
     error = capsys.readouterr().err.strip()
-    assert "copies.png" in error and "No space left" in error and "\n" not in error
+    assert "No space left" in error and "\n" not in error
     assert list((tmp_path / "sheets").iterdir()) == []

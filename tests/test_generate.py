@@ -8,65 +8,50 @@ from conftest import SMALL, draw_images
 from PIL import Image, ImageSequence
 
 import checkpoints
+import command_line
+import data
 import generate
 import latent_space
 import model_definitions
 import pictures
-import training
+import random_keys
+
+PRETRAINED = Path(generate.__file__).parent / "pretrained" / "avatars64.pt"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two steps on drawn images."""
+def run(tmp_path_factory):
+    """The folder of a run with random weights, a random head for alpha, principal axes and two samples."""
     folder = tmp_path_factory.mktemp("generate")
-    images = draw_images(str(folder / "photos"), 8)
-    assert training.main(["--data", images, "--runs-dir", str(folder / "runs"), "--steps", "2", *SMALL]) == 0
-    return folder / "runs" / "photos"
+    photos = draw_images(str(folder / "photos"), 8)
+    c, _ = command_line.parse_constants(["--data", photos, "--runs-dir", str(folder / "runs"), *SMALL])
+    torch.manual_seed(0)
+    generator, _ = model_definitions.build(c)
+    torch.nn.init.normal_(generator.layer.to_s.weight, std=0.2)
+    mu = latent_space.encode_sample(generator.vae, data.load_images_of_run(photos, c))
+    weights = generator.state_dict()
+    checkpoints.save(folder / "run" / "checkpoints", {
+        "constants": vars(c), "counters": {"step": 2}, "ema": weights, "axes": latent_space.principal_axes(mu),
+        "generator": {name: torch.zeros_like(weight) for name, weight in weights.items()}}, step=2)
+    for step in (0, 2):
+        sheet = np.full((40, 40, 3), 100 + step, np.uint8)
+        pictures.save_picture(folder / "run" / "samples" / f"step_{step:08d}_generated.png", sheet)
+    return folder / "run"
 
 
-def load(run):
-    return model_definitions.from_checkpoint(checkpoints.find(run)[1], torch.device("cpu"))
+@pytest.fixture(scope="module")
+def photos(run):
+    return run.parent / "photos"
+
+
+@pytest.fixture
+def generator(run):
+    return model_definitions.Generator.from_file(run)
 
 
 def read(file):
     return np.asarray(Image.open(file)).astype(int)
 
-
-def test_images_and_a_grid_are_written(trained, tmp_path, capsys):
-    assert generate.main([str(trained), "--images", "5", "--seed", "1", "--out", str(tmp_path)]) == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == [f"0000{i}.png" for i in range(5)] + ["grid.png"]
-    assert read(tmp_path / "00000.png").shape == (32, 32, 3)
-    assert str(tmp_path / "grid.png") in capsys.readouterr().out
-
-
-def test_one_seed_is_one_picture_at_any_count_and_batch_size(trained, tmp_path):
-    for count in (3, 20):
-        generate.main([str(trained), "--images", str(count), "--seed", "1", "--out", str(tmp_path / str(count))])
-    generate.main([str(trained), "--images", "3", "--seed", "2", "--out", str(tmp_path / "other")])
-    for i in range(3):
-        name = f"{i:05d}.png"
-        assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "20" / name)).max() <= 1
-        assert np.abs(read(tmp_path / "3" / name) - read(tmp_path / "other" / name)).max() > 1
-    generator, c = load(trained)
-    z = latent_space.draw_z(1, 0, 5, c.LATENT_DIM)
-    one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
-    assert np.abs(one - five).max() <= 1
-
-
-def test_a_single_checkpoint_file_does_too(trained, tmp_path):
-    file = next((trained / "checkpoints").iterdir())
-    assert generate.main([str(file), "--images", "1", "--out", str(tmp_path)]) == 0
-
-
-def test_samples_come_from_the_averaged_generator(trained):
-    generator, _ = load(trained)
-    saved = torch.load(next((trained / "checkpoints").iterdir()), weights_only=True)
-    name = "vae.from_z.weight"
-    assert torch.equal(generator.state_dict()[name], saved["ema"][name])
-    assert not torch.equal(saved["ema"][name], saved["generator"][name])
-
-
-# ------------------------------------------------------------------------------------- videos
 
 def frames_of(file):
     """All frames of a video as arrays."""
@@ -80,17 +65,58 @@ def frames_of(file):
         return [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(video)]
 
 
+# ------------------------------------------------------------------------------------- images
+
+def test_images_and_a_grid_are_written(run, tmp_path, capsys):
+    assert generate.main([str(run), "--images", "5", "--seed", "1", "--out", str(tmp_path)]) == 0
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"0000{i}.png" for i in range(5)] + ["grid.png"]
+    assert (read(tmp_path / "grid.png")[:32, :32] == read(tmp_path / "00000.png")).all()
+    assert str(tmp_path / "grid.png") in capsys.readouterr().out
+
+
+def test_one_seed_is_one_image_at_any_count_and_batch_size(run, generator, tmp_path):
+    for count, seed, name in (("3", "1", "few"), ("20", "1", "many"), ("3", "2", "other")):
+        generate.main([str(run), "--images", count, "--seed", seed, "--out", str(tmp_path / name)])
+    few, many, other = ([read(tmp_path / name / f"{i:05d}.png") for i in range(3)] for name in ("few", "many", "other"))
+    assert np.abs(np.subtract(few, many)).max() <= 1 < np.abs(np.subtract(few, other)).max()
+    z = latent_space.draw_z(1, 0, 5, 16)
+    one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
+    assert np.abs(one - five).max() <= 1
+
+
+def test_images_come_from_the_averaged_generator(run, tmp_path):
+    file = next((run / "checkpoints").iterdir())
+    assert generate.main([str(file), "--images", "1", "--out", str(tmp_path)]) == 0
+    assert read(tmp_path / "00000.png").std() > 5                      # the weights of "generator" are all zero
+
+
+def test_the_pretrained_model_makes_distinct_and_smooth_images(tmp_path):
+    assert PRETRAINED.stat().st_size <= 8e6
+    assert generate.main([str(PRETRAINED), "--images", "16", "--directions", "2", "--out", str(tmp_path)]) == 0
+    made = np.stack([read(tmp_path / f"{i:05d}.png") for i in range(16)])
+    assert made.shape == (16, 64, 64, 3) and made.std(axis=0).mean() > 30
+    assert max(np.abs(np.diff(made, axis=axis)).mean() for axis in (1, 2)) < 0.4 * made.std()
+
+
+def test_the_pretrained_file_holds_half_precision_weights_their_source_and_no_paths():
+    saved = torch.load(PRETRAINED, weights_only=True)
+    assert all(w.dtype == torch.float16 for w in saved["ema"].values() if w.is_floating_point())
+    assert "Pablo Stanley" in saved["about"]["text"] and saved["counters"]["step"] > 0
+    assert not {"generator", "critic"} & set(saved) and "/" not in saved["constants"]["DATA"]
+
+
+# ------------------------------------------------------------------------------------- videos
+
 @pytest.mark.parametrize("name", ["walk.mp4", "walk.gif", "walk.webp", "walk"])
-def test_a_walk_is_the_same_in_every_kind_of_file(trained, tmp_path, name, capsys):
-    assert generate.main([str(trained), "--video", str(tmp_path / name), "--seconds", "1", "--fps", "10"]) == 0
+def test_a_walk_is_the_same_in_every_kind_of_file(run, generator, tmp_path, name, capsys):
+    if name.endswith("mp4"):
+        pytest.importorskip("av")
+    assert generate.main([str(run), "--video", str(tmp_path / name), "--seconds", "1", "--fps", "10"]) == 0
     assert "change from frame to frame" in capsys.readouterr().out
     frames = frames_of(tmp_path / name)
-    generator, c = load(trained)
-    keyframes = latent_space.draw_z(0, 0, 6, c.LATENT_DIM)
-    expected = list(generate.render(generator, latent_space.walk(keyframes, 10)))
-    assert len(frames) == 10 and all(f.shape == (32, 32, 3) for f in frames)
-    lost = 25 if name == "walk.mp4" else 8             # an mp4 halves the resolution of colour, and these are noise
-    assert np.abs(np.stack(frames) - np.stack(expected)).mean() < lost
+    expected = list(generate.render(generator, latent_space.walk(latent_space.draw_z(0, 0, 6, 16), 10)))
+    lossy = 25 if name == "walk.mp4" else 12            # an mp4 halves the resolution of colour, and these are noise
+    assert len(frames) == 10 and np.abs(np.stack(frames) - np.stack(expected)).mean() < lossy
 
 
 @pytest.mark.parametrize("mode, flags, count", [
@@ -98,129 +124,149 @@ def test_a_walk_is_the_same_in_every_kind_of_file(trained, tmp_path, name, capsy
     ("keyframes", ["--photos", "{photos}"], 10),
     ("feedback", [], 10), ("feedback", ["--no-loop"], 10), ("walk", ["--no-loop"], 10), ("synthetic", [], 16),
     ("progress", [], 2)])
-def test_each_mode_writes_its_frames(trained, tmp_path, mode, flags, count):
-    flags = [flag.format(photos=trained.parents[1] / "photos") for flag in flags]
-    assert generate.main([str(trained), "--video", str(tmp_path / "v"), "--mode", mode, "--seconds", "1", "--fps", "10",
+def test_each_mode_writes_its_frames(run, photos, tmp_path, mode, flags, count):
+    flags = [flag.format(photos=photos) for flag in flags]
+    assert generate.main([str(run), "--video", str(tmp_path / "v"), "--mode", mode, "--seconds", "1", "--fps", "10",
                           *flags]) == 0
     frames = frames_of(tmp_path / "v")
     assert len(frames) == count and any((frames[0] != frame).any() for frame in frames[1:])
 
 
-def test_keyframes_pass_through_the_photos(trained, tmp_path):
-    photos = trained.parents[1] / "photos"
-    generate.main([str(trained), "--video", str(tmp_path / "v"), "--mode", "keyframes", "--seconds", "1", "--fps", "8",
-                   "--photos", str(photos / "0000.png"), str(photos / "0001.png")])
-    generate.main([str(trained), "--reconstruct", str(photos / "0001.png"), "--out", str(tmp_path)])
-    made = read(tmp_path / "reconstructed_000_0001.png")
-    assert np.abs(frames_of(tmp_path / "v")[4] - made).max() <= 1
+def test_keyframes_pass_through_the_photos(run, photos, tmp_path):
+    files = [str(photos / "0000.png"), str(photos / "0001.png")]
+    generate.main([str(run), "--video", str(tmp_path / "v"), "--mode", "keyframes", "--seconds", "1", "--fps", "8",
+                   "--photos", *files, "--reconstruct", *files, "--out", str(tmp_path)])
+    frames = frames_of(tmp_path / "v")
+    for frame, name in ((0, "reconstructed_000_0000.png"), (4, "reconstructed_001_0001.png")):
+        assert np.abs(frames[frame] - read(tmp_path / name)).max() <= 1
 
 
-def test_feedback_sees_the_pictures_before_and_a_frozen_window_does_not(trained):
-    generator, c = load(trained)
-    torch.nn.init.normal_(generator.layer.to_s.weight, std=0.5, generator=torch.Generator().manual_seed(0))
-    z = latent_space.walk(latent_space.draw_z(0, 0, 3, c.LATENT_DIM), 6)
+def test_the_synthetic_video_is_the_layers_input_and_output(run, generator, tmp_path):
+    generate.main([str(run), "--video", str(tmp_path / "v"), "--mode", "synthetic", "--seed", "3"])
+    x = generator.vae.decode(latent_space.draw_z(3, 0, 4, 16))
+    frames = generator.layer.video(x, generator.layer.video.draw(random_keys.torch_generator(3, "generate", 0)))
+    last = frames.clamp(0, 1).chunk(16, dim=1)[-1]
+    made = frames_of(tmp_path / "v")[-1][22:]
+    for image, left in ((2 * last - 1, 0), (generator.layer(last), made.shape[1] // 2)):
+        shown = data.to_arrays(image)[0].astype(int)
+        found = [np.abs(made[:32, column:column + 32] - shown).max() for column in range(left, made.shape[1] - 32)]
+        assert min(found) <= 1
+
+
+def test_a_feedback_loop_begins_as_after_a_whole_round(generator):
+    z = latent_space.walk(latent_space.draw_z(0, 0, 3, 16), 20)
+    twice = [data.to_arrays(image)[0].astype(int) for image, _ in generator.feedback(torch.cat([z, z]))]
+    loop = list(generate.feedback_images(generator, z, loop=True))
+    once = list(generate.feedback_images(generator, z, loop=False))
+    assert len(loop) == len(once) == 20
+    assert np.abs(loop[0] - twice[20]).mean() < np.abs(once[0] - twice[20]).mean() / 4
+
+
+def test_feedback_reads_the_images_before_and_frozen_the_first_one(generator):
+    z = latent_space.walk(latent_space.draw_z(0, 0, 3, 16), 4)
     seen, alpha = [], generator.layer.alpha
-    generator.layer.alpha = lambda x, video: seen.append(video) or alpha(x, video)
-    images = [image for image, _ in generate.feedback(generator, z)]
-    for frame, window in enumerate(seen):
-        parts = window.chunk(c.NUM_FRAMES - 1, dim=1)
-        for age, part in enumerate(parts):
-            if age < frame:
-                torch.testing.assert_close(part, (1 + images[frame - 1 - age]) / 2)
-            else:
-                torch.testing.assert_close(part, generator.layer.displayed(generator.vae.decode(z[:1])))
-    frozen = [image for image, _ in generate.feedback(generator, z, frozen=True)]
+    generator.layer.alpha = lambda x, earlier, changes: seen.append(earlier) or alpha(x, earlier, changes)
+    images = [image for image, _ in generator.feedback(z)]
+    first = generator.layer.displayed(generator.vae.decode(z[:1]))
+    for frame, earlier in enumerate(seen):
+        expected = [(1 + image) / 2 for image in images[:frame][::-1]] + [first] * (15 - frame)
+        torch.testing.assert_close(earlier, torch.cat(expected, dim=1))
+    frozen = [image for image, _ in generator.feedback(z, frozen=True)]
     assert torch.equal(frozen[0], images[0]) and not torch.allclose(frozen[-1], images[-1], atol=1e-4)
-    assert all(torch.equal(window, seen[0]) for window in seen[6:])
 
 
-def test_the_layer_in_a_feedback_video_stays_within_its_bounds_for_a_thousand_frames(trained):
-    """With random head weights too: alpha can't leave its bounds, and no picture turns grey or black for good."""
-    generator, c = load(trained)
-    torch.nn.init.normal_(generator.layer.to_s.weight, std=2.0, generator=torch.Generator().manual_seed(0))
-    z = latent_space.draw_z(0, 0, 2, c.LATENT_DIM)[[0] * 500 + [1] * 500]
-    for image, alpha in generate.feedback(generator, z):
-        assert alpha.min() >= 0.999 and alpha.max() <= 9.001 and torch.isfinite(image).all()
-    assert image.std() > 0.05
+@pytest.mark.parametrize("mode", ["walk", "feedback"])
+def test_frames_are_computed_when_they_are_asked_for(run, monkeypatch, mode):
+    """Memory of a long video does not grow with its length."""
+    decoded = []
+    decode = model_definitions.VAE.decode
+    monkeypatch.setattr(model_definitions.VAE, "decode", lambda vae, z: decoded.extend(z) or decode(vae, z))
 
-
-def motion_of(frames, loop):
-    motion = generate.Motion()
-    assert len(list(motion.watch(frames, loop))) == len(frames)
-    return motion
+    def take_one(file, frames, fps, loop):
+        next(iter(frames))
+        assert 0 < len(decoded) <= 32
+    monkeypatch.setattr(pictures, "save_video", take_one)
+    assert generate.main([str(run), "--video", "v", "--mode", mode, "--seconds", "100"]) == 0
 
 
 def test_motion_of_known_frames():
-    steps = [np.full((4, 4, 3), level, np.uint8) for level in (10, 20, 30, 60)]
-    motion = motion_of(steps, loop=False)
+    def motion_of(levels, loop):
+        motion = generate.Motion()
+        frames = [np.full((4, 4, 3), level, np.uint8) for level in levels]
+        assert len(list(motion.watch(frames, loop))) == len(frames)
+        return motion
+    motion = motion_of([10, 20, 30, 60], loop=False)
     assert motion.changes == [10, 10, 30] and motion.flicker == [0, 10]
-    motion = motion_of(steps, loop=True)
+    motion = motion_of([10, 20, 30, 60], loop=True)
     assert motion.changes == [10, 10, 30, 50] and motion.flicker == [0, 10, 40, 30]
     assert "mean 25.00, spread 16.58, largest 50.00 (change 4)" in motion.line()
-    assert "no motion" in motion_of(steps[:1], loop=True).line()
-    assert motion_of(steps[:2], loop=True).changes == [10]
+    assert "no motion" in motion_of([10], loop=True).line() and motion_of([10, 20], loop=True).changes == [10]
 
 
 # ------------------------------------------------------------------------------------- photos, directions, alpha
 
-def test_photos_are_reconstructed_by_the_encoder(trained, tmp_path, capsys):
-    photos = trained.parents[1] / "photos"
-    assert generate.main([str(trained), "--reconstruct", str(photos / "0002.png"), str(photos), "--format", "webp",
+def test_photos_are_reconstructed_by_the_encoder(run, photos, tmp_path, capsys):
+    assert generate.main([str(run), "--reconstruct", str(photos / "0002.png"), str(photos), "--format", "webp",
                           "--out", str(tmp_path)]) == 0
     assert "9 photos, mean error" in capsys.readouterr().out
     assert len(list(tmp_path.glob("reconstructed_0*.webp"))) == 9
     assert Image.open(tmp_path / "reconstructed.webp").size == (8 * 34 - 2, 2 * 2 * (32 + 22))
 
 
-def test_interpolation_begins_and_ends_at_the_photos(trained, tmp_path):
-    photos = trained.parents[1] / "photos"
+def test_interpolation_begins_and_ends_at_the_photos(run, photos, tmp_path):
     files = [str(photos / f"000{i}.png") for i in (0, 1)]
-    assert generate.main([str(trained), "--interpolate", *files, "--reconstruct", *files, "--out", str(tmp_path)]) == 0
+    assert generate.main([str(run), "--interpolate", *files, "--reconstruct", *files, "--out", str(tmp_path)]) == 0
     strip = read(tmp_path / "interpolation.png")[22:]
     assert strip.shape == (32, 2 * (32 + 8) + 9 * 34 - 2, 3)
     for left, name in ((40, "reconstructed_000_0000.png"), (40 + 8 * 34, "reconstructed_001_0001.png")):
         assert np.abs(strip[:, left:left + 32] - read(tmp_path / name)).max() <= 1
 
 
-def test_a_direction_at_strength_0_is_the_photo_and_at_1_has_moved(trained, tmp_path, capsys):
-    photos = trained.parents[1] / "photos"
+def test_a_direction_at_strength_0_is_the_photo_and_moves_it_otherwise(run, photos, tmp_path, capsys):
     a, b = (draw_images(str(tmp_path / name), 4, seed=seed) for name, seed in (("a", 1), ("b", 2)))
-    assert generate.main([str(trained), "--direction", a, b, "--photos", str(photos / "0003.png"), "--reconstruct",
+    assert generate.main([str(run), "--direction", a, b, "--photos", str(photos / "0003.png"), "--reconstruct",
                           str(photos / "0003.png"), "--out", str(tmp_path)]) == 0
     sheet, made = read(tmp_path / "direction.png")[-32:], read(tmp_path / "reconstructed_000_0003.png")
     left = pictures.stack([sheet[:, :32]], ["photo"]).shape[1] + pictures.SPACE
     column = {strength: sheet[:, left + 34 * i:][:, :32] for i, strength in enumerate(generate.EDITS)}
     assert np.abs(column[0] - made).max() <= 1 < np.abs(column[1.5] - made).max()
-    assert "the direction is" in capsys.readouterr().out
+    assert "the direction has length" in capsys.readouterr().out
 
 
-def test_principal_axes_are_shown_at_their_strengths(trained, tmp_path, capsys):
-    assert generate.main([str(trained), "--directions", "3", "--out", str(tmp_path)]) == 0
-    assert "hold" in capsys.readouterr().out
-    sheet = read(tmp_path / "directions.png")
-    assert sheet.shape[0] == 3 * (22 + 32) and (sheet[-32:, :32] != sheet[-32:, 6 * 34:][:, :32]).any()
-    assert generate.main([str(trained), "--directions", "99", "--out", str(tmp_path)]) == 2
-    assert "this run has 8" in capsys.readouterr().err
-
-
-def test_without_stored_axes_they_are_made_from_the_runs_images(trained, tmp_path, capsys):
-    saved = checkpoints.find(trained)[1]
+def test_principal_axes_are_shown_at_their_strengths_stored_or_computed_again(run, tmp_path, capsys):
+    saved = checkpoints.find(run)[1]
     del saved["axes"]
     checkpoints.save_as(tmp_path / "bare.pt", saved)
     sheets = []
-    for run in (trained, tmp_path / "bare.pt"):
-        assert generate.main([str(run), "--directions", "2", "--out", str(tmp_path)]) == 0
+    for path in (run, tmp_path / "bare.pt"):
+        assert generate.main([str(path), "--directions", "3", "--out", str(tmp_path)]) == 0
         sheets.append(read(tmp_path / "directions.png"))
+    assert "axes explain" in capsys.readouterr().out
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    assert sheets[0].shape[0] == 3 * (22 + 32) and (sheets[0][-32:, :32] != sheets[0][-32:, 6 * 34:][:, :32]).any()
+
+
+def test_a_row_of_directions_moves_along_its_axis_only(run, tmp_path, monkeypatch):
+    axes = checkpoints.find(run)[1]["axes"]
+    rendered, blank = [], np.zeros((14, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(generate, "render", lambda generator, z: rendered.extend(z) or blank)
+    assert generate.main([str(run), "--directions", "2", "--out", str(tmp_path)]) == 0
+    second_row = (torch.stack(rendered)[7:] - axes["mean"]) @ axes["axes"].T / axes["deviations"]
+    torch.testing.assert_close(second_row[:, 1], torch.tensor(generate.STRENGTHS).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second_row[1:, [0, 2, 3]], second_row[:-1, [0, 2, 3]], atol=1e-4, rtol=1e-4)
+
+
+def test_without_axes_and_without_images_directions_are_refused(run, tmp_path, capsys):
+    saved = checkpoints.find(run)[1]
     saved["constants"]["DATA"] = str(tmp_path / "gone")
+    del saved["axes"]
     checkpoints.save_as(tmp_path / "bare.pt", saved)
-    capsys.readouterr()
     assert generate.main([str(tmp_path / "bare.pt"), "--directions", "2", "--out", str(tmp_path)]) == 2
     assert "gone" in capsys.readouterr().err
 
 
-def test_alpha_maps_stand_beside_their_pictures(trained, tmp_path, capsys):
-    assert generate.main([str(trained), "--alpha-maps", "4", "--images", "4", "--out", str(tmp_path)]) == 0
+def test_alpha_maps_are_beside_their_images(run, tmp_path, capsys):
+    assert generate.main([str(run), "--alpha-maps", "4", "--images", "4", "--out", str(tmp_path)]) == 0
     grid, sheet = read(tmp_path / "grid.png"), read(tmp_path / "alpha_maps.png")[22:]
     assert np.abs(sheet[:66, :66] - grid).max() <= 1 and sheet.shape[1] > 2 * 66
     assert "alpha: mean" in capsys.readouterr().out
@@ -231,50 +277,35 @@ def test_alpha_maps_stand_beside_their_pictures(trained, tmp_path, capsys):
 @pytest.mark.parametrize("argv,words", [
     (["{run}"], "nothing to do"), (["{run}", "--images", "0"], "--images"), (["{run}", "--video", "a.avi"], ".gif"),
     (["{tmp}/none", "--images", "1"], "no such run"), (["{tmp}", "--images", "1"], "no checkpoint"),
-    (["{run}", "--images", "1", "--seed", "-1"], "--seed"), (["{run}", "--video", "a.gif", "--fps", "99"], "--fps"),
-    (["{run}", "--images", "1", "--out", "{tmp}/file/out"], "can't be written"),
-    (["{run}", "--video", "{tmp}/file/a.gif"], "can't be written"),
+    (["{run}", "--images", "1", "--seed", "-1"], "--seed -1 is invalid: must be 0 or more"),
+    (["{run}", "--video", "a.gif", "--fps", "99"], "99 frames per second is invalid for a.gif: must be 1 to 50"),
+    (["{run}", "--images", "1", "--out", "{tmp}/file/out"], "{tmp}/file"),
+    (["{run}", "--video", "{tmp}/file/a.gif"], "{tmp}/file"),
     (["{run}", "--video", "{tmp}"], "exists already"),
     (["{run}", "--video", "{tmp}/a.gif", "--mode", "keyframes"], "--photos"),
-    (["{run}", "--video", "{tmp}/a.gif", "--mode", "keyframes", "--photos", "{photo}"], "two or more"),
+    (["{run}", "--video", "{tmp}/a.gif", "--mode", "keyframes", "--photos", "{photos}/0000.png"], "two or more"),
     (["{run}", "--video", "{tmp}/a.gif", "--mode", "dream"], "dream"),
-    (["{file}", "--video", "{tmp}/a.gif", "--mode", "progress"], "samples"),
+    (["{checkpoint}", "--video", "{tmp}/a.gif", "--mode", "progress"], "samples"),
     (["{run}", "--reconstruct", "{tmp}/file"], "file: "),
     (["{run}", "--reconstruct", "{tmp}/none.jpg"], "no such file"),
-    (["{run}", "--interpolate", "{photo}"], "--interpolate"),
+    (["{run}", "--interpolate", "{photos}/0000.png"], "--interpolate"),
     (["{run}", "--direction", "{tmp}/none", "{tmp}/none"], "no such folder"),
-    (["{run}", "--images", "1", "--format", "bmp"], "--format"),
     (["{run}", "--direction", "{photos}", "{photos}"], "the same mean"),
+    (["{run}", "--directions", "99"], "must be at most 8"),
+    (["{run}", "--images", "1", "--format", "bmp"], "--format"),
     (["{run}", "--video", "{tmp}/a.gif", "--keyframes", "1"], "2 or more"),
-    (["{run}", "--images", "1", "--photos", "{photo}"], "--photos are for"),
+    (["{run}", "--images", "1", "--photos", "{photos}/0000.png"], "--photos is only for"),
     (["{run}", "--images", "1", "--device", "tpu"], "tpu"), ([], "RUN")])
-def test_bad_input_is_one_line_and_status_2(trained, tmp_path, capsys, argv, words):
-    (tmp_path / "file").write_text("a file in the way")
-    names = {"run": trained, "tmp": tmp_path, "photos": trained.parents[1] / "photos",
-             "photo": trained.parents[1] / "photos" / "0000.png", "file": next((trained / "checkpoints").iterdir())}
+def test_bad_input_is_one_line_and_status_2(run, photos, tmp_path, capsys, argv, words):
+    (tmp_path / "file").write_text("a file where a folder or a photo should be")
+    names = {"run": run, "tmp": tmp_path, "photos": photos, "checkpoint": next((run / "checkpoints").iterdir())}
     assert generate.main([a.format(**names) for a in argv]) == 2
     text = capsys.readouterr().err
-    assert text.count("\n") == 1 and text.startswith("generate.py: ") and words in text, text
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]                # nothing half-written is left
+    assert text.count("\n") == 1 and text.startswith("generate.py: ") and words.format(**names) in text, text
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]                # no partial file remains
 
 
-def test_without_pyav_an_mp4_is_refused_before_any_work(trained, tmp_path, capsys, monkeypatch):
+def test_without_pyav_an_mp4_is_refused_before_any_work(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)                        # importing it raises ImportError then
-    assert generate.main([str(trained), "--video", str(tmp_path / "a.mp4")]) == 2
+    assert generate.main([str(run), "--video", str(tmp_path / "a.mp4")]) == 2
     assert "pip install av" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------- the model that comes along
-
-def test_the_pretrained_model_makes_pictures_without_any_training(tmp_path, capsys):
-    file = Path(generate.__file__).parent / "pretrained" / "avatars64.pt"
-    assert file.stat().st_size <= 8e6
-    assert generate.main([str(file), "--images", "16", "--directions", "2", "--out", str(tmp_path)]) == 0
-    made = np.stack([read(tmp_path / f"{i:05d}.png") for i in range(16)])
-    assert made.shape == (16, 64, 64, 3) and made.std(axis=0).mean() > 30         # 16 pictures that differ
-    across, down = (np.abs(np.diff(made, axis=axis)).mean() for axis in (1, 2))
-    assert max(across, down) < 0.4 * made.std()                                    # and are no noise
-    saved = torch.load(file, weights_only=True)
-    assert all(w.dtype == torch.float16 for w in saved["ema"].values() if w.is_floating_point())
-    assert "Pablo Stanley" in saved["about"]["text"] and saved["counters"]["step"] > 0
-    assert not {"generator", "critic"} & set(saved) and "/" not in saved["constants"]["DATA"]
