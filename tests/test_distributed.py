@@ -89,6 +89,10 @@ def assert_nearly_equal(folder, one, other, share=1e-4):
             names = [name for name in one[part] if name.rpartition(".")[0] == module]
             a, b, first = (torch.cat([state[part][name].flatten() for name in names]) for state in (one, other, origin))
             assert (a - b).norm() <= share * (a - first).norm() + 1e-9, (part, module)
+    for part in ("generator_optimizer", "critic_optimizer"):             # Adam's steps do not show the gradient's scale
+        for number, entry in one[part]["state"].items():
+            a, b = entry["exp_avg_sq"], other[part]["state"][number]["exp_avg_sq"]
+            assert (a - b).norm() <= share * b.norm() + 1e-20, (part, number)
 
 
 @pytest.fixture
