@@ -122,7 +122,7 @@ def test_a_walk_is_the_same_in_every_kind_of_file(run, generator, tmp_path, name
 @pytest.mark.parametrize("mode, flags, count", [
     ("keyframes", ["--photos", "{photos}/0000.png", "{photos}/0001.png"], 10),
     ("keyframes", ["--photos", "{photos}"], 10),
-    ("feedback", [], 10), ("feedback", ["--no-loop"], 10), ("walk", ["--no-loop"], 10), ("synthetic", [], 16),
+    ("feedback", [], 10), ("feedback", ["--no-loop"], 10), ("walk", ["--no-loop"], 10), ("synthetic", [], 4),
     ("progress", [], 2)])
 def test_each_mode_writes_its_frames(run, photos, tmp_path, mode, flags, count):
     flags = [flag.format(photos=photos) for flag in flags]
@@ -145,7 +145,7 @@ def test_the_synthetic_video_is_the_layers_input_and_output(run, generator, tmp_
     generate.main([str(run), "--video", str(tmp_path / "v"), "--mode", "synthetic", "--seed", "3"])
     x = generator.vae.decode(latent_space.draw_z(3, 0, 4, 16))
     frames = generator.layer.video(x, generator.layer.video.draw(random_keys.torch_generator(3, "generate", 0)))
-    last = frames.clamp(0, 1).chunk(16, dim=1)[-1]
+    last = frames.clamp(0, 1).chunk(4, dim=1)[-1]
     made = frames_of(tmp_path / "v")[-1][22:]
     for image, left in ((2 * last - 1, 0), (generator.layer(last), made.shape[1] // 2)):
         shown = data.to_arrays(image)[0].astype(int)
@@ -169,7 +169,7 @@ def test_feedback_reads_the_images_before_and_frozen_the_first_one(generator):
     images = [image for image, _ in generator.feedback(z)]
     first = generator.layer.displayed(generator.vae.decode(z[:1]))
     for frame, earlier in enumerate(seen):
-        expected = [(1 + image) / 2 for image in images[:frame][::-1]] + [first] * (15 - frame)
+        expected = [(1 + image) / 2 for image in images[:frame][::-1]] + [first] * (3 - frame)
         torch.testing.assert_close(earlier, torch.cat(expected, dim=1))
     frozen = [image for image, _ in generator.feedback(z, frozen=True)]
     assert torch.equal(frozen[0], images[0]) and not torch.allclose(frozen[-1], images[-1], atol=1e-4)
