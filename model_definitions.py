@@ -82,7 +82,7 @@ def bilinear_init(weight: Tensor) -> None:
         weight.copy_(mixture * line[:, None] * line)
 
 
-# ------------------------------------------------------------------------------------- blocks of encoder and critic
+# ------------------------------------------------------------------------------------- blocks
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with 8 groups, or fewer if 8 does not divide the channels."""
@@ -119,8 +119,6 @@ def conv_tower(image_size: int, channels: int, width: int, width_max: int,
     blocks = [conv_block(a, b, for_critic) for a, b in pairwise(channel_list)]
     return nn.Sequential(*blocks), channel_list[-1] * sides(image_size)[-1] ** 2
 
-
-# ------------------------------------------------------------------------------------- blocks of the VAE
 
 class EqualisedLinear(nn.Linear):
     """Linear with an equalised learning rate (Karras et al. 2018): weights near 1, divided by sqrt(N) where they are
@@ -298,11 +296,8 @@ class SyntheticVideo(nn.Module):
         return Changes(shift, added.flatten(0, 1))
 
     def padded(self, image: Tensor) -> Tensor:
-        """Returns the image with its border pixels repeated `pad` times on each side.
-
-        F.pad(mode="replicate") computes the same, but its backward pass is not deterministic on CUDA, and torch 2.14
-        compiles it wrongly in channels_last.
-        """
+        """Returns the image with its border pixels repeated `pad` times on each side. F.pad(mode="replicate") does the
+        same, but its backward pass is not deterministic on CUDA."""
         for dim in (2, 3):
             shape = [-1] * dim + [self.pad] + [-1] * (3 - dim)
             first, last = (image.narrow(dim, i, 1).expand(shape) for i in (0, image.shape[dim] - 1))
@@ -319,10 +314,10 @@ class SyntheticVideo(nn.Module):
     def embed(self, image: Tensor, conv: nn.Conv2d, changes: Changes) -> Tensor:
         """Returns conv(self(image, changes)) without making the frames: (B, C, H, W) -> (B, D, H/PATCH, W/PATCH).
 
-        Shifting and convolution are linear, so T shifted copies under T kernels equal one image under the sum of the
-        shifted kernels; what is added to the frames is the same for the whole batch and passes through the convolution
-        once. The summed kernel is large and has stride PATCH: with PATCH x PATCH pixels moved into channels it is a
-        small kernel on many channels, which takes half the time. Equal up to float rounding.
+        Shifting and convolution are linear: T shifted copies under T kernels equal one image under the sum of the
+        shifted kernels, and what is added to the frames passes through the convolution once for the whole batch. With
+        PATCH x PATCH pixels moved into channels, the large summed kernel is a small one on many channels, which takes
+        half the time. Equal up to float rounding.
         """
         patch = conv.kernel_size[0]
         kernel = self.shifted_sum(conv.weight, changes.shift)
@@ -372,8 +367,8 @@ class TransformerParamTanh(nn.Module):
 
     alpha stays within ALPHA_INIT / ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN, so that no step can make an image grey or
     saturate the layer for good. The head starts at zero: the layer starts as tanh(ALPHA_INIT * (2x - 1)). With
-    alpha_span=1 it stays that, and the Transformer does not run. Compare Dynamic Tanh (Zhu et al. 2025, "Transformers
-    without Normalization"): one learned scalar per layer; here a Transformer predicts alpha per image and pixel.
+    alpha_span=1 it stays that, and the Transformer does not run. Compare Dynamic Tanh (Zhu et al. 2025), which has one
+    learned scalar per layer.
 
     image_size and patch in pixels; shift as a share of image_size; brightness and noise in the range of x.
     """
@@ -415,20 +410,16 @@ class TransformerParamTanh(nn.Module):
         `earlier` where it is given. Arguments as in forward."""
         if earlier is not None:
             return torch.cat([self.displayed(x), earlier], dim=1)
-        return self.video(self.displayed(x), self._changes(changes, x))
-
-    def _changes(self, changes, x):
-        return (self.video.draw() if changes is None else changes).to(x)
+        return self.video(self.displayed(x), (changes or self.video.draw()).to(x))
 
     def tokens(self, x: Tensor, earlier: Tensor | None = None, changes: Changes | None = None) -> Tensor:
         """Returns the Transformer's input, (B, N, D): patches of the frames, each normalised, plus their positions.
 
-        A patch of the video has thousands of values, nearly equal from frame to frame. Unless they are centred and
-        their sum is normalised, Adam moves all tokens in one direction, to hundreds of times the size of what the
-        Transformer's layers add, and alpha becomes the same everywhere.
+        A token sums thousands of values, nearly equal from frame to frame. Unless they are centred and their sum is
+        normalised, Adam moves all tokens in one direction, until alpha is the same everywhere.
         """
         if earlier is None:
-            patches = self.video.embed(self.displayed(x) - 0.5, self.to_tokens, self._changes(changes, x))
+            patches = self.video.embed(self.displayed(x) - 0.5, self.to_tokens, (changes or self.video.draw()).to(x))
         else:
             patches = self.to_tokens(self.frames(x, earlier) - 0.5)               # (B, D, H/PATCH, W/PATCH)
         return self.token_norm(patches.flatten(2).transpose(1, 2)) + self.positions
@@ -526,7 +517,7 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
           ) -> tuple[Generator, Discriminator]:
     """Returns the networks of a run from its constants: config.py's, or a checkpoint's. layer_class: another class
     with TransformerParamTanh's arguments, to compare with."""
-    recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # a checkpoint may be older than the constant
+    recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # older checkpoints do not have it
     vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX, c.ENCODER_WIDTH, recompute)
     layer = layer_class(
         c.IMAGE_SIZE, c.CHANNELS, c.NUM_FRAMES, c.PATCH, c.TRANSFORMER_DIM, c.TRANSFORMER_HEADS, c.TRANSFORMER_LAYERS,
