@@ -42,7 +42,7 @@ if TYPE_CHECKING:    # scan processes import this file, and without torch they s
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")    # in any case
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")    # MPO: JPEG files of some cameras
 PIXELS_ALWAYS = 2 ** 24      # a file may always claim this many pixels; Pillow's own limit is 178,956,970 ...
-PIXELS_PER_BYTE = 10_000     # ... and between the two a file must hold at least one byte for so many pixels
+PIXELS_PER_BYTE = 1000       # ... and between the two a file must hold at least one byte for so many pixels
 CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
 CHUNK = 16                   # files that a scan process decodes per task
 AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory

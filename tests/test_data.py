@@ -390,15 +390,35 @@ def test_only_new_and_changed_files_are_decoded_again(tmp_path, image_folder, op
     halves(GREEN, GREEN).save(f"{root}/00000.png")
     os.remove(f"{root}/0004.png")
     os.utime(f"{root}/0005.png", ns=(0, 0))    # a change of time alone is a change
-    open(f"{root}/0006.png", "wb").close()     # can no longer be used
+    open(f"{root}/0001.png", "wb").close()     # can no longer be used
     images = load(root, tmp_path)
     assert opened == ["00000.png", "0002.png", "0005.png"]
-    assert images.paths == ["0000.png", "00000.png", "0001.png", "0002.png", "0003.png", "0005.png"]
+    assert images.paths == ["0000.png", "00000.png", "0002.png", "0003.png", "0005.png", "0006.png"]
     assert np.array_equal(first.images, pixels)    # a map that another process holds stays as it is
     assert len(list(cache_folder(tmp_path).glob("*.u8"))) == 1
     opened.clear()
     images = load(root, tmp_path)
     assert opened == [] and not images.images.flags.writeable
+    assert_as_fresh(images, root, tmp_path)
+
+
+def test_a_kill_while_the_cache_is_sorted_loses_nothing(tmp_path, image_folder, monkeypatch, opened):
+    root = image_folder(4)
+    load(root, tmp_path)
+    halves().save(f"{root}/00000.png")
+    atomic_write = checkpoints.atomic_write
+
+    def killed(file):
+        if file.name == "index.jsonl":
+            raise KeyboardInterrupt
+        return atomic_write(file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "atomic_write", killed)
+        load(root, tmp_path)
+    opened.clear()
+    images = load(root, tmp_path)
+    assert opened == []
     assert_as_fresh(images, root, tmp_path)
 
 
@@ -503,6 +523,7 @@ def test_a_second_process_waits_for_the_first(tmp_path, image_folder, capsys, mo
 
     monkeypatch.setattr(checkpoints, "lock", lock_and_release)
     assert len(load(root, tmp_path).paths) == 2
+    process.stdin.close()
     assert process.wait() == 0 and "waiting for another process" in capsys.readouterr().out
 
 
@@ -549,8 +570,10 @@ def append_and_stop(cache, batch):
     data.Cache.append = append
     if stop == "Ctrl-C":
         os.killpg(0, signal.SIGINT)
+    child, = multiprocessing.active_children()
+    if stop == "child interrupted":
+        os.kill(child.pid, signal.SIGINT)
     if stop in ("parent killed", "child killed"):
-        child, = multiprocessing.active_children()
         os.kill(os.getpid() if stop == "parent killed" else child.pid, signal.SIGKILL)
 data.Cache.append, data.CHUNK, data.SAVE_EVERY = append_and_stop, 5, 20
 data.load_images(sys.argv[2], 16, 3, sys.argv[3], workers=1, progress=False)
@@ -558,7 +581,7 @@ data.load_images(sys.argv[2], 16, 3, sys.argv[3], workers=1, progress=False)
 
 
 @pytest.mark.parametrize("stop, status, error", [
-    ("nothing", 0, ""), ("Ctrl-C", -2, "KeyboardInterrupt"), ("parent killed", -9, ""),
+    ("child interrupted", 0, ""), ("Ctrl-C", -2, "KeyboardInterrupt"), ("parent killed", -9, ""),
     ("child killed", 1, "RunError: a scan process died near .*png, .*--num-workers 1")])
 def test_a_scan_that_ends_early_leaves_no_process_and_is_continued(tmp_path, image_folder, opened, stop, status, error):
     root = image_folder(150)
@@ -570,7 +593,7 @@ def test_a_scan_that_ends_early_leaves_no_process_and_is_continued(tmp_path, ima
     *_, last = done.stderr.splitlines() or [""]
     assert re.search(error, last) and done.stderr.count("KeyboardInterrupt") == (stop == "Ctrl-C"), done.stderr
     decoded = (cache_folder(tmp_path) / "index.jsonl").read_text().count("\n") - 1
-    assert decoded == 150 if stop == "nothing" else 20 <= decoded < 150
+    assert decoded == 150 if status == 0 else 20 <= decoded < 150
     with open(cache_folder(tmp_path) / "index.jsonl", "a") as index:
         index.write('["0149.png", 1')    # a line that a kill cut short
     with open(cache_folder(tmp_path) / "pixels-0.u8", "ab") as pixels:
