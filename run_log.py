@@ -167,8 +167,8 @@ def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int) -> str
         return text + f"; --minutes {c.MINUTES:g} ends before that"
     if left <= 86400:
         return text
-    return (text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}, or a smaller --image-size in a "
-            "new run")
+    return (text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}, or a smaller --image-size "
+            "in a new run")
 
 
 def print_start(c: SimpleNamespace, state, image_set) -> None:
