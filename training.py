@@ -97,9 +97,11 @@ class StopSignal:
             os.write(2, b"\n" if distributed.started_by_torchrun() else b"; a second signal ends at once\n")
         signal.signal(number, signal.SIG_IGN if distributed.started_by_torchrun() else signal.SIG_DFL)
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
+        # When a rank fails, torchrun sends SIGTERM to the others, which still have to print why they end.
+        ending = error is not None and distributed.started_by_torchrun()
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if ending else handler)
 
 
 class Evaluation:
