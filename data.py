@@ -19,30 +19,25 @@ import os
 import re
 import shutil
 import signal
-import stat
 import sys
 import threading
 import types
-import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import features
 from tqdm import tqdm
 
 import checkpoints
 from errors import InputError, RunError
+from image_files import EXTENSIONS, decode, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")    # in any case
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")    # MPO: JPEG files of some cameras
-PIXELS_ALWAYS = 2 ** 24      # a file may always claim this many pixels; Pillow's own limit is 178,956,970 ...
-PIXELS_PER_BYTE = 1000       # ... and between the two a file must hold at least one byte for so many pixels
 CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
 CHUNK = 16                   # files that a scan process decodes per task
 AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
@@ -50,9 +45,6 @@ POOL_FROM = 100              # with fewer files, starting processes costs more t
 SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
 
 PathLike = str | os.PathLike
-_T = Image.Transpose
-TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
-             7: _T.TRANSVERSE, 8: _T.ROTATE_90}    # EXIF orientation -> what makes the picture upright
 
 
 @dataclass
@@ -70,91 +62,14 @@ class ImageSet:
     skipped: list[tuple[str, str]]
 
 
-class Decoded(NamedTuple):
-    """One decoded file: (H, W, C) uint8 and a hash of it as a number in [0, 1), or the reason why there are none."""
-
-    pixels: np.ndarray | None = None
-    key: float | None = None
-    reason: str | None = None
-    retry: bool = False    # the reason may pass: the next start tries again
-
-
 def printable(path: PathLike) -> str:
     """Returns the path in one line of text: escapes control characters and bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
 
 
-# ------------------------------------------------------------------------------------- decoding
-
-def _eight_bit(picture):
-    """Returns the picture in mode L, RGB or RGBA; scales 16-bit grey (0 to 65535) and float grey (0 to 1)."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values, top = np.asarray(picture), 1 if picture.mode == "F" else 65535
-        if not (values.min() >= 0 and values.max() <= top):    # in this form it also refuses NaN
-            raise ValueError(f"pixel values outside 0 to {top}")
-        return Image.fromarray(np.rint(values * np.float32(255 / top)).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        return picture.convert("RGBA")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-
-
-def _pixels(path, settings):
-    """Returns one file as (H, W, C) uint8: upright, short side resized to image_size, centre crop.
-
-    Transparent parts show the grey level `background`. Raises ValueError, or whatever Pillow raises.
-    """
-    image_size, channels, background = settings
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")    # opening a pipe would wait for ever
-    if status.st_size == 0:
-        raise ValueError("empty file")
-    Image.init()    # registers the formats that this Pillow was built with
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
-        width, height = picture.size
-        limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * status.st_size
-        if width * height > limit:
-            raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of this size")
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.
-        picture.draft("L" if channels == 1 else "RGB", (2 * image_size, 2 * image_size))
-        picture.load()    # Pillow turns TIFF files upright here
-        transpose = None
-        with contextlib.suppress(Exception):    # damaged EXIF data raises many errors, while the picture is fine
-            transpose = TRANSPOSE.get(picture.getexif().get(0x0112))
-        small = ImageOps.fit(_eight_bit(picture), (image_size, image_size), Image.Resampling.BICUBIC)
-    if small.mode == "RGBA":
-        small = Image.alpha_composite(Image.new("RGBA", small.size, (background, background, background, 255)), small)
-    if transpose is not None:
-        small = small.transpose(transpose)
-    small = small.convert("L" if channels == 1 else "RGB")
-    return np.array(small).reshape(image_size, image_size, channels)
-
-
-def _decode(path, settings):
-    """Returns Decoded for one file, with a short reason without the path if it cannot be used."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")    # Pillow warns about odd metadata and about large pictures
-            pixels = _pixels(path, settings)
-    except Image.UnidentifiedImageError:
-        return Decoded(reason="not an image in a known format")
-    except MemoryError:
-        return Decoded(reason="not enough memory to decode it", retry=True)
-    except Exception as error:    # a damaged file can make a decoder raise anything; the scan goes on
-        if isinstance(error, OSError) and error.errno is not None:
-            return Decoded(reason=_short(error), retry=True)
-        return Decoded(reason=" ".join(str(error).split())[:120] or type(error).__name__)
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-    return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64)
-
-
-def _short(error):
-    return (error.strerror or "cannot be read").lower()    # without number and path
-
-
 def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
     """Returns one file as (H, W, C) uint8, decoded as by load_images. Raises InputError."""
-    decoded = _decode(path, (image_size, channels, background))
+    decoded = decode(path, (image_size, channels, background))
     if decoded.pixels is None:
         raise InputError(f"{printable(path)}: {decoded.reason}")
     return decoded.pixels
@@ -187,7 +102,7 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
         try:
             entries = sorted(os.scandir(real), key=lambda entry: entry.name)
         except OSError as error:
-            skipped.append((here or ".", f"folder: {_short(error)}"))
+            skipped.append((here or ".", f"folder: {reason_of(error)}"))
             continue
         for entry in entries:
             path = f"{here}/{entry.name}" if here else entry.name
@@ -200,7 +115,7 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
                     status = entry.stat()
                     files[path] = (status.st_size, status.st_mtime_ns)
             except OSError as error:
-                skipped.append((path, "broken link" if entry.is_symlink() else _short(error)))
+                skipped.append((path, "broken link" if entry.is_symlink() else reason_of(error)))
     if not files and not skipped:
         raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
     return dict(sorted(files.items())), skipped
@@ -319,13 +234,13 @@ def _submit(pool, *task):
 
 
 def _decode_files(files, settings):
-    return [_decode(file, settings) for file in files]
+    return [decode(file, settings) for file in files]
 
 
 def _decode_all(files, settings, workers):
     """Yields Decoded for each file, in order, decoded by `workers` processes (0: by this one)."""
     if workers == 0 or len(files) < POOL_FROM:
-        yield from (_decode(file, settings) for file in files)
+        yield from (decode(file, settings) for file in files)
         return
     if workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
