@@ -8,18 +8,24 @@ import argparse
 import ast
 import inspect
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
-
-import torch
+from typing import TYPE_CHECKING
 
 import config
 from errors import InputError, RunError
 
+if TYPE_CHECKING:    # scripts import this file first, and torch takes seconds
+    import torch
+
 DERIVED = ("TRANSFORMER_IN_CHANNELS",)
 IMAGE_SIZES = range(32, 257, 16)
+RUN_BYTES = 200                  # file systems allow 255 for a name
 
 # Constants with limits of their own: a test, and what the value must be. The others are checked for their sign.
 LIMITS = {
@@ -37,8 +43,8 @@ LIMITS = {
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
     "FEEDBACK_PROB": (lambda v: 0 <= v <= 1, "0 to 1"),
     "EVALUATE_COUNT": (lambda v: v >= 4, "4 or more"),
-    "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]{0,100}", v) is not None,
-            "a name of at most 100 characters without slashes or a leading dot"),
+    "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]*", v) is not None and len(os.fsencode(v)) <= RUN_BYTES,
+            f"a name of at most {RUN_BYTES} bytes without slashes or a leading dot"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
@@ -52,8 +58,13 @@ def run_script(program: str, function: Callable[[Sequence[str] | None], int | No
     """Returns the exit status of function(argv): its own, or 0 for None. Every error is one line on stderr.
 
     InputError and RunError bring their status, 2 and 1. A path that cannot be used is bad input, 2; any other OSError,
-    such as a full disk, is 1; Ctrl-C is 130.
+    such as a full disk, is 1; Ctrl-C is 130. Characters that the output's encoding lacks are printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is end_during_imports:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function(argv) or 0
     except (InputError, RunError) as error:
@@ -67,6 +78,18 @@ def run_script(program: str, function: Callable[[Sequence[str] | None], int | No
     if line:                                     # empty where another process prints the line
         print(f"{program}: {line}", file=sys.stderr)
     return status
+
+
+def end_during_imports(*_) -> None:
+    """Handles Ctrl-C while a script's imports run, which take seconds: one line and status 130, as in run_script."""
+    os.write(2, f"{Path(sys.argv[0]).name}: stopped\n".encode())
+    os._exit(130)
+
+
+main_file = getattr(sys.modules["__main__"], "__file__", None)
+if (main_file and Path(main_file).resolve().parent == Path(__file__).resolve().parent    # a script of this project
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):              # not ignored, as with nohup
+    signal.signal(signal.SIGINT, end_during_imports)
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,8 +114,9 @@ def positive(kind: type) -> Callable[[str], float]:
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """Returns the device; auto selects CUDA, else MPS, else CPU. Raises InputError for a device that is missing."""
+    import torch
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(n for n in available if available[n]))

@@ -22,6 +22,9 @@ No distance is called FID, which is defined on other weights of Inception than t
 those weights (2048 features, resizing included) computes FID.
 """
 
+import command_line  # first: Ctrl-C during the other imports ends with one line
+
+# isort: split
 import importlib.util
 import re
 import sys
@@ -39,7 +42,6 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
-import command_line
 import data
 import metrics
 import pictures

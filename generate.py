@@ -1,8 +1,8 @@
 """Images and videos from a trained model, and photos through it.
 
-    python generate.py RUN --images 64 --seed 1 --out DIR                # DIR/00000.png ... and DIR/grid.png
-    python generate.py RUN --video walk.mp4 --seconds 8                  # a looping walk; or .webp, .gif, a new folder
-    python generate.py RUN --reconstruct PHOTO ...                       # photos through encoder and decoder
+    python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and DIR/grid.png
+    python generate.py RUN --video walk.mp4 --seconds 8         # a looping walk; or .webp, .gif, a new folder
+    python generate.py RUN --reconstruct PHOTO ...              # photos through encoder and decoder
 
 RUN is a run's folder, or a single checkpoint or weights file. Image i of a seed is always the same, whatever the number
 of images. Also: --interpolate, --direction (between the images of two folders), --directions (principal axes) and
@@ -17,6 +17,9 @@ of images. Also: --interpolate, --direction (between the images of two folders),
     progress    the images of one z at each sample of the training, from RUN/samples
 """
 
+import command_line  # first: Ctrl-C during the other imports ends with one line
+
+# isort: split
 import argparse
 import collections
 import concurrent.futures
@@ -33,7 +36,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import command_line
 import data
 import latent_space
 import pictures
@@ -129,7 +131,8 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
     shown, waiting, started = [], collections.deque(), time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for i, image in enumerate(bar(render(generator, z), len(z), "image")):
-            waiting.append(pool.submit(pictures.save_picture, flags.out / f"{i:05d}.{flags.format}", image))
+            file = flags.out / f"seed{flags.seed}_{i:05d}.{flags.format}"
+            waiting.append(pool.submit(pictures.save_picture, file, image))
             if len(waiting) > WAITING_LIMIT:
                 waiting.popleft().result()
             if i < GRID_LIMIT:

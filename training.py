@@ -8,6 +8,9 @@
 Every constant of config.py is a flag; --help lists them.
 """
 
+import command_line  # first: Ctrl-C during the other imports ends with one line
+
+# isort: split
 import contextlib
 import functools
 import math
@@ -22,7 +25,6 @@ from types import SimpleNamespace
 
 import torch
 
-import command_line
 import data
 import demo_images
 import distributed
@@ -43,7 +45,10 @@ def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[
     if c.DATA:
         root = Path(os.path.expanduser(c.DATA)).resolve()
         c.DATA = str(root)
-        c.RUN = c.RUN or root.name.lstrip(".")[:100] or "images"
+        name = root.name.lstrip(".")
+        if len(os.fsencode(name)) > command_line.RUN_BYTES:
+            name = os.fsencode(name)[:command_line.RUN_BYTES].decode(errors="ignore")
+        c.RUN = c.RUN or name or "images"
         runs = Path(c.RUNS_DIR).resolve()
         if (runs / c.RUN).is_relative_to(root) and (runs == root or not runs.is_relative_to(root)):
             raise InputError(f"the run's folder {runs / c.RUN} is among the images, and the next start would train on "

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,7 +47,8 @@ def test_flags_override_config_and_derived_constants_follow():
     (["--image-size", "48", "--patch", "32"], ["--patch 32", "--image-size 48", "4, 8, 12, 16"]),
     (["--transformer-dim", "100"], ["--transformer-dim 100", "96 or 108"]),
     (["--run", "../up"], ["--run ../up"]),
-    (["--run", "x" * 101], ["100 characters"]),
+    (["--run", "x" * 201], ["--run", "200 bytes"]),
+    (["--run", "\u96ea" * 70], ["--run", "200 bytes"]),           # 210 bytes
     (["--batch-size", "12", "--micro-batch", "5"], ["--micro-batch 5", "--batch-size 12", "1, 2, 3, 4, 6, 12"]),
     (["--micro-batch", "-1"], ["--micro-batch -1", "0 or more"]),
     (["--device", "tpu"], ["--device tpu", "auto, cuda, mps or cpu"]),
@@ -81,3 +87,12 @@ def test_every_error_of_a_script_is_one_line_with_its_exit_status(capsys, error,
 def test_a_script_without_an_error_returns_its_own_status():
     assert command_line.run_script("name.py", lambda argv: None, []) == 0
     assert command_line.run_script("name.py", len, ["a", "b", "c"]) == 3
+
+
+@pytest.mark.parametrize("script", ["training", "generate", "evaluate", "export", "report", "demo_images"])
+def test_ctrl_c_during_the_imports_is_one_line_and_status_130(tmp_path, script):
+    (tmp_path / "numpy.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    file = Path(command_line.__file__).with_name(f"{script}.py")
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, f"{script}.py: stopped\n")

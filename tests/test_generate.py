@@ -69,15 +69,16 @@ def frames_of(file):
 
 def test_images_and_a_grid_are_written(run, tmp_path, capsys):
     assert generate.main([str(run), "--images", "5", "--seed", "1", "--out", str(tmp_path)]) == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == [f"0000{i}.png" for i in range(5)] + ["grid.png"]
-    assert (read(tmp_path / "grid.png")[:32, :32] == read(tmp_path / "00000.png")).all()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["grid.png"] + [f"seed1_0000{i}.png" for i in range(5)]
+    assert (read(tmp_path / "grid.png")[:32, :32] == read(tmp_path / "seed1_00000.png")).all()
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
 
 
 def test_one_seed_is_one_image_at_any_count_and_batch_size(run, generator, tmp_path):
-    for count, seed, name in (("3", "1", "few"), ("20", "1", "many"), ("3", "2", "other")):
+    for count, seed, name in (("3", "1", "few"), ("20", "1", "many"), ("3", "2", "many")):
         generate.main([str(run), "--images", count, "--seed", seed, "--out", str(tmp_path / name)])
-    few, many, other = ([read(tmp_path / name / f"{i:05d}.png") for i in range(3)] for name in ("few", "many", "other"))
+    few, many, other = ([read(tmp_path / name / f"seed{seed}_{i:05d}.png") for i in range(3)]
+                        for name, seed in (("few", 1), ("many", 1), ("many", 2)))      # one folder, two seeds
     assert np.abs(np.subtract(few, many)).max() <= 1 < np.abs(np.subtract(few, other)).max()
     z = latent_space.draw_z(1, 0, 5, 16)
     one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
@@ -87,13 +88,13 @@ def test_one_seed_is_one_image_at_any_count_and_batch_size(run, generator, tmp_p
 def test_images_come_from_the_averaged_generator(run, tmp_path):
     file = next((run / "checkpoints").iterdir())
     assert generate.main([str(file), "--images", "1", "--out", str(tmp_path)]) == 0
-    assert read(tmp_path / "00000.png").std() > 5                      # the weights of "generator" are all zero
+    assert read(tmp_path / "seed0_00000.png").std() > 5                      # the weights of "generator" are all zero
 
 
 def test_the_pretrained_model_makes_distinct_and_smooth_images(tmp_path):
     assert PRETRAINED.stat().st_size <= 8e6
     assert generate.main([str(PRETRAINED), "--images", "16", "--directions", "2", "--out", str(tmp_path)]) == 0
-    made = np.stack([read(tmp_path / f"{i:05d}.png") for i in range(16)])
+    made = np.stack([read(tmp_path / f"seed0_{i:05d}.png") for i in range(16)])
     assert made.shape == (16, 64, 64, 3) and made.std(axis=0).mean() > 30
     assert max(np.abs(np.diff(made, axis=axis)).mean() for axis in (1, 2)) < 0.4 * made.std()
 

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,3 +243,20 @@ def test_scores_are_those_of_the_averaged_generator_with_the_same_noise(run, mon
     assert [args[1:] for args, _ in calls] == [(16, 6, 0)] * 2
     assert not any(p.requires_grad for p in calls[0][0][0].parameters())           # the averaged one
     assert len(calls[0][1]) == 6 and not torch.equal(calls[0][1], calls[1][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+                                         {"PYTHONIOENCODING": "cp1252"}])
+def test_names_that_the_output_cannot_represent_stop_nothing(photos, tmp_path, environment):
+    folder = tmp_path / os.fsdecode(b"bilder_\xfc \xe9\x9b\xaa")                 # not UTF-8; a Chinese character
+    os.rename(photos, folder)
+    (folder / os.fsdecode(b"kaputt_\xfc.jpg")).write_text("no image")
+    for script, arguments in (("training", ["--data", folder, "--runs-dir", tmp_path / "runs", "--steps", "1", *SMALL]),
+                              ("report", [tmp_path / "runs" / folder.name]),
+                              ("evaluate", [tmp_path / "runs" / folder.name, "--data", folder, "--count", "4",
+                                            "--extractor", "none"])):
+        done = subprocess.run([sys.executable, Path(training.__file__).with_name(f"{script}.py"), *arguments],
+                              capture_output=True, env={**os.environ, **environment}, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr
+        assert rb"bilder_\udcfc" in done.stdout
