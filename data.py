@@ -9,6 +9,7 @@ photo.jpg) and files with other extensions are ignored. A file is decoded again 
 change differs. The cache may be deleted at any time.
 """
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -20,8 +21,10 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import types
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,10 @@ CHUNK = 16                   # files that a scan process decodes per task
 AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
 POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
 SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
+CACHE = ".cache"             # folder of the decoded images in RUNS_DIR
+FEW = 16                     # different images: with fewer, a line warns
+PLAIN_SAMPLE = 1_000         # images that are checked for a single colour; ...
+PLAIN_SHARE = 0.1            # ... above this share of them, a line warns
 
 PathLike = str | os.PathLike
 
@@ -53,6 +60,7 @@ class ImageSet:
 
     images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/".
     train, held_out: int64 indices into images. skipped: (relative path, reason) of each file that cannot be used.
+    warnings: lines about files that are gone and about sets that a model can only copy.
     """
 
     images: np.ndarray
@@ -60,6 +68,7 @@ class ImageSet:
     train: np.ndarray
     held_out: np.ndarray
     skipped: list[tuple[str, str]]
+    warnings: Sequence[str] = ()
 
 
 def printable(path: PathLike) -> str:
@@ -313,6 +322,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
     try:
         with checkpoints.lock(folder, lambda: print("waiting for another process with the same images", flush=True)):
             cache = Cache(folder, image_size * image_size * channels)
+            gone = [path for path in cache.row if path not in files]
             todo = [path for path, state in files.items() if cache.state(path) != state]
             if todo:
                 _check_disk(cache, files, todo, cache_dir)
@@ -332,14 +342,37 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
     if not paths:
         raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
-    train, held_out = split([cache.lines[path][3] for path in paths], held_out_share, held_out_min)
-    return ImageSet(images, paths, train, held_out, skipped)
+    keys = [cache.lines[path][3] for path in paths]
+    train, held_out = split(keys, held_out_share, held_out_min)
+    return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone))
 
 
-def load_images_of_run(root: PathLike, c) -> ImageSet:
-    """Calls load_images with a run's constants; prints how many files cannot be used, and the first ten."""
-    image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
+def _warnings(images, keys, gone):
+    """Returns a line for files that are gone since the last start, for few different images, and for plain images."""
+    lines, different = [], len(set(keys))
+    if gone:
+        lines.append(f"{len(gone):,} images of the last start are gone: {_first(gone)}. Is a disk not mounted?")
+    if different < FEW:
+        lines.append(f"only {different} different image{'s' * (different > 1)} in {len(keys):,} usable files: a model "
+                     "can only copy so few")
+    sample = images[np.linspace(0, len(images) - 1, min(len(images), PLAIN_SAMPLE)).astype(int)]
+    plain = int((np.ptp(sample.reshape(len(sample), -1, images.shape[3]), axis=1) == 0).all(axis=1).sum())
+    if plain > len(sample) * PLAIN_SHARE:
+        lines.append(f"{plain:,} of {len(sample):,} images have a single colour, such as black")
+    return lines
+
+
+def _first(paths):
+    return ", ".join(map(printable, paths[:3])) + (", ..." if len(paths) > 3 else "")
+
+
+def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> ImageSet:
+    """Calls load_images with a run's constants; prints the warnings, how many files cannot be used, and the first ten.
+    The cache is in RUNS_DIR, unless cache_dir is given."""
+    image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, cache_dir or os.path.join(c.RUNS_DIR, CACHE), c.BACKGROUND,
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
+    for line in image_set.warnings:
+        print(f"warning: {line}")
     skipped, count = image_set.skipped, len(image_set.skipped)
     lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
@@ -347,6 +380,35 @@ def load_images_of_run(root: PathLike, c) -> ImageSet:
     if count > 10:
         print(f"  and {count - 10:,} more")
     return image_set
+
+
+def same_images(root: PathLike, old_root: PathLike, c) -> bool:
+    """Returns whether the folder root has the images, by relative path and size, that the cache of RUNS_DIR holds of
+    old_root, which may be gone. False if there is no such cache."""
+    settings = (c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND)
+    folder = _cache_folder(old_root, settings, os.path.join(c.RUNS_DIR, CACHE), CACHE_FORMAT)
+    try:
+        lines = Path(folder, "index.jsonl").read_bytes().split(b"\n")[1:-1]
+        known = {path: size for path, size, *_ in map(json.loads, lines)}
+    except (OSError, ValueError):
+        return False
+    return known == {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
+
+
+def cache_elsewhere(folder: str | None) -> str:
+    """Returns the folder for decoded images of a script that does not train: `folder`, or runs/.cache in the working
+    directory, or, if that cannot be written, a temporary folder that is deleted at the end."""
+    default = os.path.join("runs", CACHE)
+    try:
+        os.makedirs(folder or default, exist_ok=True)
+        if folder or os.access(default, os.W_OK):
+            return folder or default
+    except OSError:
+        if folder:
+            raise
+    temporary = tempfile.TemporaryDirectory(prefix="images-")
+    atexit.register(temporary.cleanup)
+    return temporary.name
 
 
 def write_skipped(image_set: ImageSet, file: PathLike) -> None:

@@ -183,7 +183,8 @@ def strengths_sheet(generator: Generator, blocks: Sequence[Sequence[Tensor]], st
 def edit(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--direction A B: the direction from the mean of A's encoded images to that of B's, added at several strengths to
     the codes of --photos, which stand at the left, or to random z."""
-    a, b = (latent_space.encode_sample(generator.vae, data.load_images_of_run(folder, c)).mean(0)
+    cache = data.cache_elsewhere(flags.cache)
+    a, b = (latent_space.encode_sample(generator.vae, data.load_images_of_run(folder, c, cache)).mean(0)
             for folder in flags.direction)
     direction = b - a
     if direction.norm() < 1e-6:
@@ -207,7 +208,7 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
             raise InputError(f"{flags.run}: contains no principal axes, which training.py writes when it ends, and "
                              f"its images ({c.DATA or 'the demo set'}) are missing")
         axes = latent_space.principal_axes(latent_space.encode_sample(
-            generator.vae, data.load_images_of_run(c.DATA, c)))
+            generator.vae, data.load_images_of_run(c.DATA, c, data.cache_elsewhere(flags.cache))))
     count = flags.directions
     if count > len(axes["axes"]):
         raise InputError(f"--directions {count} is invalid: must be at most {len(axes['axes'])}, this run's axes")
@@ -341,6 +342,8 @@ def make_parser() -> command_line.Parser:
     how.add_argument("--keyframes", type=positive(int), default=6, metavar="N",
                      help="random points that a walk passes through [%(default)s]")
     how.add_argument("--photos", nargs="+", default=[], metavar="PHOTO", help="for --mode keyframes and --direction")
+    how.add_argument("--cache", metavar="DIR",
+                     help="folder for decoded images [runs/.cache, else a temporary one]")
     how.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu [%(default)s]")
     return parser
 

@@ -187,9 +187,11 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> No
         if saved.get(name) != getattr(c, name):
             raise InputError(f"run {c.RUN} was made with {name} {saved.get(name)}, not {getattr(c, name)}: give "
                              f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
-    if "RUN" not in given and saved.get("DATA") != c.DATA:
-        raise InputError(f"run {c.RUN} was made from {saved.get('DATA') or 'the demo set'}, not "
-                         f"{c.DATA or 'the demo set'}: give --run NEWNAME")
+    before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
+    if "RUN" not in given and before != now and not (
+            saved.get("DATA") and c.DATA and data.same_images(c.DATA, saved["DATA"], c)):
+        raise InputError(f"run {c.RUN} was made from {before}, not {now}, whose images differ or cannot be compared: "
+                         f"--run {c.RUN} continues it all the same, --run NEWNAME starts a new run")
     for name, old in saved.items():
         new = getattr(c, name, None)
         if new is not None and new != old and name not in ("RUNS_DIR", "INIT_FROM"):

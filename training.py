@@ -141,6 +141,7 @@ class Evaluation:
         if self.real is None:
             self.extractor = evaluate.find_extractor(self.state.device)
             self.real = evaluate.sample_images(self.image_set, count)
+            evaluate.print_count_warning(min(count, len(self.real)))
             self.features = self.gather_features(self.real.tensor_split(ranks.size)[ranks.rank])
         made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, count, self.c.SEED, share=(ranks.rank, ranks.size))
         features, made = self.gather_features(made), torch.cat(distributed.gather(ranks, made))

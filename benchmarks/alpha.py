@@ -138,7 +138,8 @@ def start(argv: Sequence[str] | None) -> None:
     extractor, real, critic = None, None, None
     if flags.data:
         extractor = evaluate.need_extractor(device)
-        real = extractor(evaluate.sample_images(data.load_images_of_run(flags.data, c), flags.count))
+        image_set = data.load_images_of_run(flags.data, c, data.cache_elsewhere(None))
+        real = extractor(evaluate.sample_images(image_set, flags.count))
     if "critic" in saved:
         _, critic = model_definitions.build(c)
         critic.load_state_dict(saved["critic"])

@@ -13,8 +13,11 @@ from conftest import SMALL
 from PIL import Image
 from torch import nn
 
+import checkpoints
+import command_line
 import data
 import evaluate
+import model_definitions
 import training
 from errors import InputError
 
@@ -425,3 +428,18 @@ def test_a_full_disk_leaves_no_partial_sheet(tmp_path, monkeypatch, capsys, stan
     error = capsys.readouterr().err.strip()
     assert "No space left" in error and "\n" not in error
     assert list((tmp_path / "sheets").iterdir()) == []
+
+
+def test_the_cache_is_in_the_working_directory_and_not_in_runs_dir(tmp_path, image_folder, monkeypatch, capsys):
+    c, _ = command_line.parse_constants([*SMALL, "--runs-dir", "/proc/of/another/machine"])
+    generator, _ = model_definitions.build(c)
+    checkpoints.save_as(tmp_path / "run.pt", {"constants": vars(c), "counters": {}, "ema": generator.state_dict()})
+    images, argv = image_folder(70), [str(tmp_path / "run.pt"), "--extractor", "none", "--count", "70"]
+    monkeypatch.chdir(tmp_path)
+    for flags, folder in (([], "runs/.cache"), (["--cache", "mine"], "mine")):
+        assert evaluate.main([*argv, "--data", images, *flags]) == 0
+        assert len(list((tmp_path / folder).glob("photos-*"))) == 1
+    shutil.rmtree("runs")
+    Path("runs").write_text("a file in the way")                     # stands for a directory that is not writable
+    assert evaluate.main([*argv, "--data", images]) == 0
+    assert Path("runs").is_file() and "warning" not in capsys.readouterr().out

@@ -142,14 +142,47 @@ def test_a_run_of_other_sizes_is_refused_with_both_values(run, capsys):
     assert "give --no-alpha-per-channel," in error_line(capsys)
 
 
-def test_two_folders_of_one_name_do_not_share_a_run_unless_it_is_named(run, photos, tmp_path, capsys):
+def test_two_folders_of_one_name_do_not_share_a_run_unless_it_is_named(run, photos, image_folder, tmp_path, capsys):
     run("--steps", "1")
-    other = tmp_path / "elsewhere" / "photos"
-    shutil.copytree(photos, other)
+    other = image_folder(12, name="elsewhere/photos", seed=1)
     capsys.readouterr()
     assert run("--steps", "2", images=other) == 2
-    assert "--run NEWNAME" in error_line(capsys)
+    line = error_line(capsys)
+    assert "--run photos continues it" in line and "--run NEWNAME starts a new run" in line
     assert run("--steps", "2", "--run", "photos", images=other) == 0
+
+
+def test_a_run_continues_with_its_images_in_another_place(run, photos, tmp_path, capsys):
+    run("--steps", "1")
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(photos, tmp_path / "elsewhere" / "photos")
+    assert run("--steps", "2", images=moved) == 0
+    assert f"DATA is now {moved}, was {photos}" in capsys.readouterr().out
+    (Path(moved) / "0000.png").unlink()                       # the same folder with other images continues as before
+    assert run("--steps", "3", images=moved) == 0
+    again = shutil.move(moved, photos)
+    shutil.rmtree(tmp_path / "runs" / ".cache")               # nothing to compare with
+    assert run("--steps", "4", images=again) == 2
+    assert "cannot be compared" in error_line(capsys)
+
+
+def test_a_set_that_a_model_can_only_copy_and_missing_images_are_reported(run, photos, tmp_path, capsys):
+    assert run("--steps", "1") == 0
+    assert "warning: only 12 different images in 12 usable files" in capsys.readouterr().out
+    for name in ("0003.png", "0005.png"):
+        (Path(photos) / name).unlink()
+    assert run("--steps", "2", "--evaluate-every", "1") == 0
+    out = capsys.readouterr().out
+    assert "warning: 2 images of the last start are gone: 0003.png, 0005.png. Is a disk not mounted?" in out
+    assert "warning: 10 images are too few, these scores are mostly chance: use 64 or more" in out
+    black = tmp_path / "black"
+    black.mkdir()
+    for number in range(20):
+        Image.new("RGB", (32, 32)).save(black / f"{number}.png")
+    assert run("--steps", "1", images=black) == 0
+    out = capsys.readouterr().out
+    assert "warning: only 1 different image in 20 usable files" in out and "gone" not in out
+    assert "warning: 20 of 20 images have a single colour" in out
 
 
 def test_a_constant_that_may_change_is_applied_and_printed(run, tmp_path, capsys):
