@@ -13,7 +13,9 @@ import collections
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -23,7 +25,7 @@ import sys
 import threading
 import types
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,16 +35,18 @@ from tqdm import tqdm
 
 import checkpoints
 from errors import InputError, RunError
-from image_files import EXTENSIONS, decode, reason_of
+from image_files import EXTENSIONS, UNSUPPORTED, decode, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
 
-CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
+CACHE_FORMAT = 3             # increased when the cache's layout or the decoding changes: old caches are then deleted
 CHUNK = 16                   # files that a scan process decodes per task
 AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
 POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
 SAVE_EVERY = 128             # files between two saves: a killed scan loses these and what was decoded ahead
+DARK = 0.25                  # warns if no 16-bit image has a value above this share: 12-bit values look black
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 PathLike = str | os.PathLike
 
@@ -53,6 +57,7 @@ class ImageSet:
 
     images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/".
     train, held_out: int64 indices into images. skipped: (relative path, reason) of each file that cannot be used.
+    peaks: the largest value of each 16-bit or float image as a share of the full range.
     """
 
     images: np.ndarray
@@ -60,6 +65,7 @@ class ImageSet:
     train: np.ndarray
     held_out: np.ndarray
     skipped: list[tuple[str, str]]
+    peaks: list[float] = field(default_factory=list)
 
 
 def printable(path: PathLike) -> str:
@@ -86,6 +92,8 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
     """
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
+        if os.path.isfile(root) and os.fspath(root).lower().endswith(ARCHIVES):
+            problem = "is an archive: unpack it, and give the folder of its images"
         raise InputError(f"{printable(root)}: {problem}")
     real_root = os.path.realpath(root)
     visited = {str(parent) for parent in Path(real_root).parents}
@@ -126,9 +134,9 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
 class Cache:
     """The decoded images of one folder: pixels-NUMBER.u8, one image after the other, and index.jsonl.
 
-    The first line of the index is NUMBER, every other line [path, size, mtime_ns, key, reason]. The k-th line with a
-    key belongs to the k-th image; of several lines with one path the last counts. Lines are appended after their pixels
-    are on the disk, so the cache is valid whenever the process is killed.
+    The first line of the index is NUMBER, every other line [path, size, mtime_ns, key, reason, peak]. The k-th line
+    with a key belongs to the k-th image; of several lines with one path the last counts. Lines are appended after their
+    pixels are on the disk, so the cache is valid whenever the process is killed.
 
     lines: {path: its line}. row: {path: its image in the pixel file}, of usable files. rows: images in the pixel file.
     """
@@ -154,7 +162,7 @@ class Cache:
 
     def _add(self, lines):
         for line in lines:
-            path, _size, _mtime_ns, key, _reason = line
+            path, _size, _mtime_ns, key, _reason, _peak = line
             self.lines[path] = line
             self.row.pop(path, None)
             if key is not None:
@@ -205,8 +213,10 @@ def _cache_folder(root, settings, cache_dir, cache_format):
     """Returns the folder for one image folder, one way to decode it, and one format of the cache."""
     root, (image_size, channels, background) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
-    codecs = sorted({"avif", "webp", "libtiff", "jpg", "zlib"} & set(features.get_supported()))
-    key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, codecs)).encode()
+    codecs = {"avif", "webp", "libtiff", "jpg", "jpg_2000", "zlib", "littlecms2"} & set(features.get_supported())
+    if importlib.util.find_spec("pillow_heif"):
+        codecs.add("heif")
+    key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, sorted(codecs))).encode()
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.basename(root))[:40]
     digest = hashlib.blake2b(key, digest_size=6).hexdigest()
     return os.path.join(cache_dir, f"{name}-{image_size}x{channels}-{digest}")
@@ -285,7 +295,8 @@ def _scan(root, cache, files, todo, settings, workers, progress):
             if decoded.retry:
                 retry.append((path, decoded.reason))
                 continue
-            batch.append(([path, *files[path], decoded.key, decoded.reason], decoded.pixels))
+            line = [path, *files[path], decoded.key, decoded.reason, decoded.peak]
+            batch.append((line, decoded.pixels))
             if len(batch) >= SAVE_EVERY:
                 full, batch = batch, []
                 cache.append(full)
@@ -333,20 +344,37 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
         raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
     train, held_out = split([cache.lines[path][3] for path in paths], held_out_share, held_out_min)
-    return ImageSet(images, paths, train, held_out, skipped)
+    peaks = [peak for path in paths if (peak := cache.lines[path][5]) is not None]
+    return ImageSet(images, paths, train, held_out, skipped, peaks)
 
 
 def load_images_of_run(root: PathLike, c) -> ImageSet:
-    """Calls load_images with a run's constants; prints how many files cannot be used, and the first ten."""
+    """Calls load_images with a run's constants. Prints how many files cannot be used, and the first ten; warnings."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, os.path.join(c.RUNS_DIR, ".cache"), c.BACKGROUND,
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
-    skipped, count = image_set.skipped, len(image_set.skipped)
+    for reason in UNSUPPORTED:
+        if count := sum(reason == other for _, other in image_set.skipped):
+            print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used: {reason}")
+    skipped = [(path, reason) for path, reason in image_set.skipped if reason not in UNSUPPORTED]
+    count = len(skipped)
     lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
         print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used:", *lines, sep="\n")
     if count > 10:
         print(f"  and {count - 10:,} more")
+    if not features.check("littlecms2"):
+        print("embedded colour profiles are ignored: this Pillow was built without littlecms2")
+    _warn_if_dark(image_set.peaks)
     return image_set
+
+
+def _warn_if_dark(peaks):
+    """Prints one line if the values of all 16-bit and float images are far below the full range."""
+    if peaks and 0 < max(peaks) < DARK:
+        bits = math.floor(math.log2(1 / max(peaks)))
+        images = "16-bit or float image is" if len(peaks) == 1 else "16-bit or float images are"
+        print(f"warning: {len(peaks):,} {images} almost black: the largest value is {round(max(peaks) * 65535):,} of "
+              f"65,535, the full range. If this is {16 - bits}-bit data, multiply all values by {2 ** bits}")
 
 
 def write_skipped(image_set: ImageSet, file: PathLike) -> None:

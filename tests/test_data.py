@@ -451,8 +451,9 @@ def test_an_interrupted_scan_keeps_what_it_decoded(tmp_path, image_folder, opene
 
 
 @pytest.mark.parametrize("damage, index", [
-    ("short pixels", None), ("no pixels", None), ("empty", ""), ("no number", '["0000.png", 3, 4, 0.5, null]\n'),
-    ("no json", "0\n[[\n"), ("other json", '0\n["0000.png", 3]\n'), ("no key", '0\n["0000.png", 3, 4, "zz", null]\n')])
+    ("short pixels", None), ("no pixels", None), ("empty", ""), ("no number", '["0000.png", 3, 4, 0.5, null, null]\n'),
+    ("no json", "0\n[[\n"), ("other json", '0\n["0000.png", 3]\n'),
+    ("no key", '0\n["0000.png", 3, 4, "zz", null, null]\n')])
 def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, image_folder, opened, damage, index, capsys):
     root = image_folder(4)
     load(root, tmp_path)
