@@ -105,8 +105,6 @@ def _icc_transform(profile, mode):
         space = source.profile.xcolor_space
         if mode == "L" and space == "RGB ":
             mode = "RGB"    # a grey JPEG with the profile of the photo that it was made from
-        if source.profile.device_class not in ("scnr", "mntr", "prtr", "spac"):
-            return None
         if space != {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}[mode]:
             return None
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB",

@@ -92,10 +92,10 @@ GREYS = srgb_levels((np.arange(256) / 255) ** 1.8)    # what GREY_PROFILE makes 
 
 
 def ink_profile():
-    """A CMYK profile in which cyan ink is red: a table of the 16 corners, in Lab (white, black, red of sRGB)."""
+    """A CMYK profile in which cyan and black ink are red: a table of the 16 corners, in Lab."""
     white, black, red = (255, 128, 128), (0, 128, 128), (138, 209, 198)
     table = bytes(value for corner in range(16) for value in (
-        white if corner == 0 else red if corner == 0b1000 else black))    # cyan varies slowest
+        white if corner == 0 else red if corner in (0b1000, 0b0001) else black))    # cyan varies slowest
     matrix = struct.pack(">9i", *[65536, 0, 0, 0, 65536, 0, 0, 0, 65536])
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + bytes(range(256)) * 4 + table + bytes(range(256)) * 3
     tags = {name: lut for name in (b"A2B0", b"A2B1")}
@@ -189,13 +189,14 @@ def test_alpha_is_kept_and_the_background_is_not_converted(tmp_path):
 @needs_profiles
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])    # Pillow writes the inverted values of Adobe's JPEG files
 def test_cmyk_is_converted_by_its_profile_and_stays_as_it_is_without_one(tmp_path, suffix):
-    for name, inks in (("cyan", (255, 0, 0, 0)), ("paper", (0, 0, 0, 0)), ("black", (0, 0, 0, 255))):
+    inks_of = {"cyan": (255, 0, 0, 0), "black": (0, 0, 0, 255), "paper": (0, 0, 0, 0), "all": (255, 255, 255, 255)}
+    for name, inks in inks_of.items():
         picture = Image.new("CMYK", (64, 64), inks)
         picture.save(tmp_path / f"{name}.{suffix}", icc_profile=ink_profile(), quality=95)
         picture.save(tmp_path / f"{name}_plain.{suffix}", quality=95)
         picture.save(tmp_path / f"{name}_other.{suffix}", icc_profile=P3_PROFILE, quality=95)
-    seen = [centre(tmp_path / f"{name}.{suffix}") for name in ("cyan", "paper", "black")]
-    assert np.abs(np.array(seen) - [(255, 0, 0), (255, 255, 255), (0, 0, 0)]).max() <= 5
+    seen = [centre(tmp_path / f"{name}.{suffix}") for name in inks_of]
+    assert np.abs(np.array(seen) - [(255, 0, 0), (255, 0, 0), (255, 255, 255), (0, 0, 0)]).max() <= 5
     for kind in ("plain", "other"):
         assert np.abs(np.array(centre(tmp_path / f"cyan_{kind}.{suffix}")) - (0, 255, 255)).max() <= 2
 
@@ -210,17 +211,21 @@ def test_a_large_jpeg_with_a_profile_is_still_decoded_at_a_fraction_of_its_size(
     assert sizes == [(300, 225)]
 
 
+FAULTS = ["empty", "text", "cut", "no curve", "black", "long", "grey", "Lab ", "link", "abst", "nmcl"]
+
+
 @needs_profiles
-@pytest.mark.parametrize("fault", ["empty", "text", "cut", "no curve", "black", "device link", "Lab", "grey", "long"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_profile_that_cannot_be_used_leaves_the_colours_as_they_are(tmp_path, fault):
     black = P3_PROFILE
     for name in (b"rXYZ", b"gXYZ", b"bXYZ"):
         start = struct.unpack(">I", black[black.index(name) + 4:][:4])[0] + 8
         black = black[:start] + b"\0" * 12 + black[start + 12:]
     icc = {"empty": b"", "text": b"no profile at all" * 20, "cut": P3_PROFILE[:300], "black": black,
-           "no curve": P3_PROFILE.replace(b"gTRC", b"gABC"), "device link": P3_PROFILE.replace(b"mntr", b"link"),
-           "Lab": P3_PROFILE.replace(b"RGB ", b"Lab "), "grey": GREY_PROFILE,
-           "long": P3_PROFILE + b"\0" * image_files.PROFILE_MAX}[fault]
+           "no curve": P3_PROFILE.replace(b"gTRC", b"gABC"), "long": P3_PROFILE + b"\0" * image_files.PROFILE_MAX,
+           "grey": GREY_PROFILE, "Lab ": P3_PROFILE.replace(b"RGB ", b"Lab ")}.get(fault)
+    if icc is None:    # another class of profile
+        icc = P3_PROFILE.replace(b"mntr", fault.encode())
     picture, values = colours()
     picture.save(tmp_path / "a.tif", icc_profile=icc)
     assert np.abs(fields(tmp_path / "a.tif") - 255 * values).max() <= 1
