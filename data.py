@@ -213,9 +213,10 @@ def _cache_folder(root, settings, cache_dir, cache_format):
     """Returns the folder for one image folder, one way to decode it, and one format of the cache."""
     root, (image_size, channels, background) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
-    codecs = {"avif", "webp", "libtiff", "jpg", "jpg_2000", "zlib", "littlecms2"} & set(features.get_supported())
-    if importlib.util.find_spec("pillow_heif"):
-        codecs.add("heif")
+    codecs = {"avif", "webp", "libtiff", "jpg", "zlib"} & set(features.get_supported())
+    if cache_format > 2:    # older formats had no others; load_images finds and deletes their folders
+        codecs |= {"jpg_2000", "littlecms2"} & set(features.get_supported())
+        codecs |= {"heif"} if importlib.util.find_spec("pillow_heif") else set()
     key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, sorted(codecs))).encode()
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.basename(root))[:40]
     digest = hashlib.blake2b(key, digest_size=6).hexdigest()
