@@ -5,8 +5,8 @@
     image = to_image(read_batch(images, rows).to(device))    # (B, C, H, W), in [-1, 1]
 
 Flat folders, class folders and nested folders work. Names with a leading dot (macOS writes ._photo.jpg beside
-photo.jpg) and files with other extensions are ignored. A file is decoded again only when its size or its time of
-change differs. The cache may be deleted at any time.
+photo.jpg) and files with other extensions are ignored. A file is decoded again only when its size or one of its
+times differs. The cache may be deleted at any time.
 """
 
 import atexit
@@ -14,7 +14,9 @@ import collections
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,12 +38,12 @@ from tqdm import tqdm
 
 import checkpoints
 from errors import InputError, RunError
-from image_files import EXTENSIONS, decode, reason_of
+from image_files import EXTENSIONS, UNSUPPORTED, decode, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
 
-CACHE_FORMAT = 2             # increased when the cache's layout or the decoding changes: old caches are then deleted
+CACHE_FORMAT = 3             # increased when the cache's layout or the decoding changes: old caches are then deleted
 CHUNK = 16                   # files that a scan process decodes per task
 AHEAD = 4                    # tasks per scan process that are decoded ahead of the writer; bounds the memory
 POOL_FROM = 100              # with fewer files, starting processes costs more than it saves
@@ -50,6 +52,8 @@ CACHE = ".cache"             # folder of the decoded images in RUNS_DIR
 FEW = 16                     # different images: with fewer, a line warns
 PLAIN_SAMPLE = 1_000         # images that are checked for a single colour; ...
 PLAIN_SHARE = 0.1            # ... above this share of them, a line warns
+DARK = 0.25                  # warns if no 16-bit image has a value above this share: 12-bit values look black
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 PathLike = str | os.PathLike
 
@@ -60,7 +64,7 @@ class ImageSet:
 
     images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/".
     train, held_out: int64 indices into images. skipped: (relative path, reason) of each file that cannot be used.
-    warnings: lines about files that are gone and about sets that a model can only copy.
+    warnings: lines about the set: missing files, too few or plain images, dark 16-bit images.
     """
 
     images: np.ndarray
@@ -87,7 +91,7 @@ def read_photo(path: PathLike, image_size: int, channels: int, background: int =
 # ------------------------------------------------------------------------------------- finding files
 
 def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict, list]:
-    """Returns {relative path: (size, mtime_ns)} of the image files below root, sorted, and [(path, reason)] of others.
+    """Returns {relative path: (size, mtime_ns, ctime_ns)} of the image files, sorted, and [(path, reason)] of others.
 
     Accepts what torchvision's ImageFolder accepts, and folders without class folders. Reads each folder once. Follows
     links to folders after all real folders, so that an image keeps its real path, but not to root or its parents. Does
@@ -95,6 +99,8 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
     """
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
+        if os.path.isfile(root) and os.fspath(root).lower().endswith(ARCHIVES):
+            problem = "is an archive: unpack it, and give the folder of its images"
         raise InputError(f"{printable(root)}: {problem}")
     real_root = os.path.realpath(root)
     visited = {str(parent) for parent in Path(real_root).parents}
@@ -122,7 +128,7 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
                     (links if entry.is_symlink() else folders).append(path)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     status = entry.stat()
-                    files[path] = (status.st_size, status.st_mtime_ns)
+                    files[path] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             except OSError as error:
                 skipped.append((path, "broken link" if entry.is_symlink() else reason_of(error)))
     if not files and not skipped:
@@ -135,9 +141,10 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
 class Cache:
     """The decoded images of one folder: pixels-NUMBER.u8, one image after the other, and index.jsonl.
 
-    The first line of the index is NUMBER, every other line [path, size, mtime_ns, key, reason]. The k-th line with a
-    key belongs to the k-th image; of several lines with one path the last counts. Lines are appended after their pixels
-    are on the disk, so the cache is valid whenever the process is killed.
+    The first line of the index is NUMBER, every other line [path, size, mtime_ns, ctime_ns, key, reason, peak]. The
+    k-th line with a key belongs to the k-th image; of several lines with one path the last counts. A line with neither
+    key nor reason says that a file has another time and the same pixels. Lines are appended after their pixels are on
+    the disk, so the cache is valid whenever the process is killed.
 
     lines: {path: its line}. row: {path: its image in the pixel file}, of usable files. rows: images in the pixel file.
     """
@@ -151,7 +158,7 @@ class Cache:
             if self.pixel_file.stat().st_size < self.rows * image_bytes:
                 raise ValueError("pixels are missing")
             os.truncate(self.index, len(complete))
-        except (FileNotFoundError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
             if self.index.exists():
                 print(f"{printable(folder)}: the image cache is damaged; decoding all images again", flush=True)
             self._replace(0, [], [])
@@ -163,7 +170,10 @@ class Cache:
 
     def _add(self, lines):
         for line in lines:
-            path, _size, _mtime_ns, key, _reason = line
+            path, _size, _mtime_ns, _ctime_ns, key, reason, _peak = line
+            if key is None and reason is None:
+                self.lines[path] = [*line[:4], *self.lines[path][4:]]
+                continue
             self.lines[path] = line
             self.row.pop(path, None)
             if key is not None:
@@ -171,9 +181,13 @@ class Cache:
                     raise ValueError("not a key")
                 self.row[path], self.rows = self.rows, self.rows + 1
 
-    def state(self, path: str) -> tuple[int, int] | None:
-        """Returns (size, mtime_ns) of the file when it was decoded, or None."""
-        return tuple(self.lines[path][1:3]) if path in self.lines else None
+    def state(self, path: str) -> tuple[int, int, int] | None:
+        """Returns (size, mtime_ns, ctime_ns) of the file when it was decoded, or None."""
+        return tuple(self.lines[path][1:4]) if path in self.lines else None
+
+    def key(self, path: str) -> float | None:
+        """Returns the key of a usable file, or None."""
+        return self.lines[path][4] if path in self.row else None
 
     def in_order(self, paths: list[str]) -> bool:
         """Returns whether the pixel file contains the images of `paths` in this order, and no others."""
@@ -214,8 +228,11 @@ def _cache_folder(root, settings, cache_dir, cache_format):
     """Returns the folder for one image folder, one way to decode it, and one format of the cache."""
     root, (image_size, channels, background) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
-    codecs = sorted({"avif", "webp", "libtiff", "jpg", "zlib"} & set(features.get_supported()))
-    key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, codecs)).encode()
+    codecs = {"avif", "webp", "libtiff", "jpg", "zlib"} & set(features.get_supported())
+    if cache_format > 2:    # older formats had no others; load_images finds and deletes their folders
+        codecs |= {"jpg_2000", "littlecms2"} & set(features.get_supported())
+        codecs |= {"heif"} if importlib.util.find_spec("pillow_heif") else set()
+    key = repr((cache_format, os.fsencode(root), image_size, channels, (background,) * 3, sorted(codecs))).encode()
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.basename(root))[:40]
     digest = hashlib.blake2b(key, digest_size=6).hexdigest()
     return os.path.join(cache_dir, f"{name}-{image_size}x{channels}-{digest}")
@@ -272,9 +289,9 @@ def _decode_all(files, settings, workers):
 
 def _check_disk(cache, files, todo, cache_dir):
     """Raises InputError if the disk cannot hold the decoded images."""
-    known = [path for path, state in files.items() if cache.state(path) == state]
-    in_order = cache.in_order(known) and known + todo == list(files)    # if not, all are written again, in order
-    need = (len(todo) if in_order else len(todo) + len(files)) * cache.image_bytes
+    known, new = [path for path in files if path in cache.lines], [path for path in todo if path not in cache.row]
+    in_order = cache.in_order(known) and list(files)[:len(known)] == known    # if not, all are written again, in order
+    need = (len(new) if in_order else len(new) + len(files)) * cache.image_bytes
     free = shutil.disk_usage(cache.folder).free
     if need > free:
         raise InputError(f"the decoded images need {need:,} bytes, and the disk of {printable(cache_dir)} has {free:,} "
@@ -294,7 +311,10 @@ def _scan(root, cache, files, todo, settings, workers, progress):
             if decoded.retry:
                 retry.append((path, decoded.reason))
                 continue
-            batch.append(([path, *files[path], decoded.key, decoded.reason], decoded.pixels))
+            if decoded.key is not None and decoded.key == cache.key(path):    # only its time has changed
+                batch.append(([path, *files[path], None, None, None], None))
+            else:
+                batch.append(([path, *files[path], decoded.key, decoded.reason, decoded.peak], decoded.pixels))
             if len(batch) >= SAVE_EVERY:
                 full, batch = batch, []
                 cache.append(full)
@@ -338,17 +358,19 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
         raise
     for old_format in range(1, CACHE_FORMAT):
         shutil.rmtree(_cache_folder(root, settings, cache_dir, old_format), ignore_errors=True)
-    skipped = sorted(skipped + [(path, cache.lines[path][4]) for path in known if path not in cache.row])
+    skipped = sorted(skipped + [(path, cache.lines[path][5]) for path in known if path not in cache.row])
     if not paths:
         raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
-    keys = [cache.lines[path][3] for path in paths]
+    keys = [cache.key(path) for path in paths]
     train, held_out = split(keys, held_out_share, held_out_min)
-    return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone))
+    peaks = [peak for path in paths if (peak := cache.lines[path][6]) is not None]
+    return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone, peaks))
 
 
-def _warnings(images, keys, gone):
-    """Returns a line for files that are gone since the last start, for few different images, and for plain images."""
+def _warnings(images, keys, gone, peaks):
+    """Returns a line for files that are gone since the last start, for few different images, for plain images, and for
+    16-bit or float images whose values, `peaks` as shares of the full range, are all small."""
     lines, different = [], len(set(keys))
     if gone:
         lines.append(f"{len(gone):,} images of the last start are gone: {_first(gone)}. Is a disk not mounted?")
@@ -359,6 +381,12 @@ def _warnings(images, keys, gone):
     plain = int((np.ptp(sample.reshape(len(sample), -1, images.shape[3]), axis=1) == 0).all(axis=1).sum())
     if plain > len(sample) * PLAIN_SHARE:
         lines.append(f"{plain:,} of {len(sample):,} images have a single colour, such as black")
+    if peaks and 0 < max(peaks) < DARK:
+        bits = math.floor(math.log2(1 / max(peaks)))
+        verb = "image is" if len(peaks) == 1 else "images are"
+        lines.append(f"{len(peaks):,} 16-bit or float {verb} almost black: the largest value is "
+                     f"{round(max(peaks) * 65535):,} of 65,535, the full range. If this is {16 - bits}-bit data, "
+                     f"multiply all values by {2 ** bits}")
     return lines
 
 
@@ -373,12 +401,18 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
                             c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
     for line in image_set.warnings:
         print(f"warning: {line}")
-    skipped, count = image_set.skipped, len(image_set.skipped)
+    for reason in UNSUPPORTED:
+        if count := sum(reason == other for _, other in image_set.skipped):
+            print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used: {reason}")
+    skipped = [(path, reason) for path, reason in image_set.skipped if reason not in UNSUPPORTED]
+    count = len(skipped)
     lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
         print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used:", *lines, sep="\n")
     if count > 10:
         print(f"  and {count - 10:,} more")
+    if not features.check("littlecms2"):
+        print("embedded colour profiles are ignored: this Pillow was built without littlecms2")
     return image_set
 
 

@@ -402,6 +402,46 @@ def test_only_new_and_changed_files_are_decoded_again(tmp_path, image_folder, op
     assert_as_fresh(images, root, tmp_path)
 
 
+def replace_unseen(path, image):
+    """Replaces a file by one of equal size and mtime, as rsync -t and unzip -o can."""
+    before = os.stat(path)
+    image.save(path)
+    with open(path, "ab") as file:
+        file.write(bytes(max(0, before.st_size - os.path.getsize(path))))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no ctime")
+def test_content_changed_at_equal_size_and_mtime_is_decoded_again(tmp_path, image_folder, opened):
+    root = image_folder(7)
+    first = load(root, tmp_path)
+    opened.clear()
+    replace_unseen(f"{root}/0003.png", Image.new("RGB", (8, 8), GREEN))
+    images = load(root, tmp_path)
+    assert opened == ["0003.png"] and not np.array_equal(images.images[3], first.images[3])
+    assert_as_fresh(images, root, tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no ctime")
+def test_a_chmod_keeps_every_image_in_its_place_and_on_its_side(tmp_path, image_folder, opened):
+    root = image_folder(40)
+    options = {"held_out_share": 0.5, "held_out_min": 1}
+    first = load(root, tmp_path, **options)
+    pixel_file = next(cache_folder(tmp_path).glob("*.u8"))
+    size = pixel_file.stat().st_size
+    for name in os.listdir(root):
+        os.chmod(f"{root}/{name}", 0o600)
+    opened.clear()
+    images = load(root, tmp_path, **options)
+    assert len(opened) == 40 and np.array_equal(images.held_out, first.held_out) and len(images.held_out)
+    assert pixel_file.stat().st_size == size                        # no image was written a second time
+    opened.clear()
+    assert load(root, tmp_path, **options).paths == first.paths and opened == []
+    halves().save(f"{root}/0039b.png")                              # and what is appended later has its own place
+    assert_as_fresh(load(root, tmp_path), root, tmp_path)
+
+
 def test_a_kill_while_the_cache_is_sorted_loses_nothing(tmp_path, image_folder, monkeypatch, opened):
     root = image_folder(4)
     load(root, tmp_path)
@@ -451,8 +491,9 @@ def test_an_interrupted_scan_keeps_what_it_decoded(tmp_path, image_folder, opene
 
 
 @pytest.mark.parametrize("damage, index", [
-    ("short pixels", None), ("no pixels", None), ("empty", ""), ("no number", '["0000.png", 3, 4, 0.5, null]\n'),
-    ("no json", "0\n[[\n"), ("other json", '0\n["0000.png", 3]\n'), ("no key", '0\n["0000.png", 3, 4, "zz", null]\n')])
+    ("short pixels", None), ("no pixels", None), ("empty", ""), ("no number", '["0000.png", 3, 4, 0.5, null, null]\n'),
+    ("no json", "0\n[[\n"), ("other json", '0\n["0000.png", 3]\n'),
+    ("no key", '0\n["0000.png", 3, 4, "zz", null, null]\n')])
 def test_a_damaged_cache_is_noticed_and_built_again(tmp_path, image_folder, opened, damage, index, capsys):
     root = image_folder(4)
     load(root, tmp_path)
