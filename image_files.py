@@ -259,6 +259,11 @@ def decode(path: str | os.PathLike, settings: tuple[int, int, int]) -> Decoded:
     return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64, peak=peak)
 
 
+def printable(path: str | os.PathLike) -> str:
+    """Returns the path in one line of text: escapes control characters and bytes that are not UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
+
+
 def reason_of(error: OSError) -> str:
     """Returns the reason of an OSError in lower case, without number and path."""
     return (error.strerror or "cannot be read").lower()

@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 import checkpoints
 import command_line
 import data
+import image_cache
 from errors import InputError
 
 REPO = str(pathlib.Path(data.__file__).parent)
@@ -470,16 +471,6 @@ def test_each_size_channel_count_and_background_has_its_own_cache(tmp_path, imag
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_a_cache_of_an_older_format_is_removed(tmp_path, image_folder, monkeypatch):
-    root = image_folder(2)
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "CACHE_FORMAT", 1)
-        load(root, tmp_path)
-    old = cache_folder(tmp_path)
-    load(root, tmp_path)
-    assert cache_folder(tmp_path) != old
-
-
 def test_an_interrupted_scan_keeps_what_it_decoded(tmp_path, image_folder, opened):
     root = image_folder(6)
     opened.fail(4, KeyboardInterrupt())
@@ -571,8 +562,8 @@ def test_a_second_process_waits_for_the_first(tmp_path, image_folder, capsys, mo
 # ------------------------------------------------------------------------------------- scan processes
 
 def test_several_processes_give_what_one_gives(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr(data, "POOL_FROM", 1)
-    monkeypatch.setattr(data, "CHUNK", 3)
+    monkeypatch.setattr(image_cache, "POOL_FROM", 1)
+    monkeypatch.setattr(image_cache, "CHUNK", 3)
     root = pathlib.Path(image_folder(40))
     broken_files(root)
     images = load(str(root), tmp_path, workers=2)
@@ -590,11 +581,11 @@ def test_no_more_than_ahead_is_decoded_before_it_is_written(tmp_path, image_fold
             future.set_result(function(*arguments))
             return future
 
-    unwritten, append = [], data.Cache.append
-    monkeypatch.setattr(data.Cache, "append", lambda cache, batch: (
+    unwritten, append = [], image_cache.Cache.append
+    monkeypatch.setattr(image_cache.Cache, "append", lambda cache, batch: (
         unwritten.append(len(opened) - len(cache.lines)), append(cache, batch)))
     for name, value in (("ProcessPoolExecutor", Pool), ("POOL_FROM", 1), ("CHUNK", 2), ("AHEAD", 3), ("SAVE_EVERY", 1)):
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(image_cache, name, value)
     assert len(load(image_folder(40), tmp_path, workers=1).paths) == 40
     assert max(unwritten) == 3 * 2
 
@@ -604,11 +595,11 @@ import multiprocessing, os, signal, sys
 if __name__ != "__main__":
     raise RuntimeError("a scan process imported the main script")
 sys.path.insert(0, sys.argv[1])
-import data
-append, stop = data.Cache.append, sys.argv[4]
+import data, image_cache
+append, stop = image_cache.Cache.append, sys.argv[4]
 def append_and_stop(cache, batch):
     append(cache, batch)
-    data.Cache.append = append
+    image_cache.Cache.append = append
     if stop == "Ctrl-C":
         os.killpg(0, signal.SIGINT)
     child, = multiprocessing.active_children()
@@ -616,7 +607,7 @@ def append_and_stop(cache, batch):
         os.kill(child.pid, signal.SIGINT)
     if stop in ("parent killed", "child killed"):
         os.kill(os.getpid() if stop == "parent killed" else child.pid, signal.SIGKILL)
-data.Cache.append, data.CHUNK, data.SAVE_EVERY = append_and_stop, 5, 20
+image_cache.Cache.append, image_cache.CHUNK, image_cache.SAVE_EVERY = append_and_stop, 5, 20
 data.load_images(sys.argv[2], 16, 3, sys.argv[3], workers=1, progress=False)
 """
 

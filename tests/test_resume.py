@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, draw_images, lines, poison
 
 import checkpoints
-import data
+import image_cache
 import training
 
 STEPS = 9                       # of 4 images each: with 12 images an epoch has 3 steps
@@ -86,8 +86,8 @@ def test_resuming_is_exact_with(whole, tmp_path, monkeypatch, flags):
 
 def test_resuming_with_other_workers_and_a_new_cache_is_exact(whole, tmp_path, monkeypatch):
     images, expected = whole()
-    monkeypatch.setattr(data, "POOL_FROM", 1)            # scan processes, although there are few images
-    monkeypatch.setattr(data, "CHUNK", 2)
+    monkeypatch.setattr(image_cache, "POOL_FROM", 1)            # scan processes, although there are few images
+    monkeypatch.setattr(image_cache, "CHUNK", 2)
     train(tmp_path, images, "--steps", "4", "--num-workers", "2")
     shutil.rmtree(tmp_path / "runs" / ".cache")
     train(tmp_path, images, "--steps", str(STEPS), "--num-workers", "1")
