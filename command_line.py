@@ -47,9 +47,8 @@ LIMITS = {
             f"a name of at most {RUN_BYTES} bytes without slashes or a leading dot"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
-MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "LAMBDA_GP", "LAMBDA_DRIFT", "LAMBDA_REC", "LAMBDA_KL",
-               "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG", "MICRO_BATCH", "MAX_ROLLBACKS",
-               "EVALUATE_EVERY")
+MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG",
+               "MICRO_BATCH", "MAX_ROLLBACKS", "EVALUATE_EVERY")                      # and every LAMBDA
 
 
 # ------------------------------------------------------------------------------------- scripts
@@ -69,10 +68,13 @@ def run_script(program: str, function: Callable[[Sequence[str] | None], int | No
         return function(argv) or 0
     except (InputError, RunError) as error:
         line, status = str(error), error.status
+    except BrokenPipeError:                      # the reader of a pipe, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)      # what is still buffered must not raise again at exit
+        return 141
     except OSError as error:
         bad_path = isinstance(error, (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError,
                                       IsADirectoryError))
-        line, status = f"{error.filename or 'a file'}: {error.strerror or error}", 2 if bad_path else 1
+        line, status = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}", 2 if bad_path else 1
     except KeyboardInterrupt:
         line, status = "stopped", 130
     if line:                                     # empty where another process prints the line
@@ -100,6 +102,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
+        message = message.replace("invalid int value", "must be a whole number, not").replace(
+            "invalid float value", "must be a number, not")
         raise InputError(f"{message}; --help lists all flags")
 
 
@@ -188,7 +192,7 @@ def check(c: SimpleNamespace) -> None:
             allowed, words = LIMITS[name]
         elif isinstance(value, (bool, str)) or name in DERIVED:
             continue
-        elif name in MAY_BE_ZERO:
+        elif name in MAY_BE_ZERO or name.startswith("LAMBDA_"):
             allowed, words = (lambda v: v >= 0), "0 or more"
         else:
             allowed, words = (lambda v: v > 0), "above 0"

@@ -360,8 +360,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--extractor", default="auto", metavar="NAME",
                         help="see above; a TorchScript file runs code: load only files you trust [%(default)s]")
     parser.add_argument("--count", type=int, default=2048, metavar="N", help="images on each side [%(default)s]")
-    parser.add_argument("--out", metavar="DIR", help="folder for the sheets [RUN/evaluation; for two folders, none]")
-    parser.add_argument("--cache", metavar="DIR", help="folder for decoded images [runs/.cache, else a temporary one]")
+    parser.add_argument("--out", metavar="DIR", help="folder for the sheets [RUN/evaluation; of a file: ./evaluation]")
+    parser.add_argument("--cache", metavar="DIR", help="folder of decoded images [runs/.cache, or a temporary one]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise [%(default)s]")
     parser.add_argument("--image-size", type=int, default=128, metavar="N",
                         help="for two folders; a run has its own [%(default)s]")
@@ -373,7 +373,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         raise InputError(f"--seed {arguments.seed} is invalid: must be 0 or more")
     if is_run(arguments.path) and not arguments.out:
         run = Path(arguments.path)
-        arguments.out = (run if run.is_dir() else run.parent) / "evaluation"
+        arguments.out = (Path() if run.is_file() else run) / "evaluation"
     return arguments
 
 

@@ -151,7 +151,7 @@ def reconstruct(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
     for i, (name, image) in enumerate(zip(names, made)):
         pictures.save_picture(flags.out / f"reconstructed_{i:03d}_{Path(name).stem}.{flags.format}", image)
     error = np.abs(np.stack(made).astype(int) - np.stack(photos)).mean()
-    print(f"{len(made)} photos, mean error {error:.1f} of 255 levels")
+    print(f"photos: {len(made)}, mean error {error:.1f} of 255 levels")
     columns, shown = min(len(made), 8), min(len(made), GRID_LIMIT)
     parts = [pictures.grid(part[i:i + columns], columns) for i in range(0, shown, columns) for part in (photos, made)]
     return "reconstructed", pictures.stack(parts, ["photos", "reconstructed"] * (len(parts) // 2))
@@ -331,7 +331,8 @@ def make_parser() -> command_line.Parser:
     what.add_argument("--directions", type=positive(int), metavar="K", help="the K principal axes of latent space")
     what.add_argument("--alpha-maps", type=positive(int), metavar="N", help="maps of alpha beside their images")
     how = parser.add_argument_group("how")
-    how.add_argument("--out", type=Path, metavar="DIR", help="folder for everything but videos [RUN/generated]")
+    how.add_argument("--out", type=Path, metavar="DIR",
+                     help="folder for everything but videos [RUN/generated; for a single file, ./generated]")
     how.add_argument("--format", choices=("png", "webp"), default="png", help="of images [%(default)s]")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of all random z [%(default)s]")
     how.add_argument("--mode", choices=MODES, default="walk", help="of the video [%(default)s]")
@@ -365,7 +366,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if flags.photos and not flags.direction and not (flags.video and flags.mode == "keyframes"):
         raise InputError("--photos is only for --direction and for --video with --mode keyframes")
     run = Path(flags.run)
-    flags.out = flags.out or (run if run.is_dir() else run.parent) / "generated"
+    flags.out = flags.out or (Path() if run.is_file() else run) / "generated"
     return flags
 
 

@@ -158,16 +158,38 @@ def _conversion(picture, path) -> Callable | None:
 
 # ------------------------------------------------------------------------------------- one file
 
+def _check_size(width, height, file_bytes):
+    """Raises ValueError for more pixels than a file of this size may claim."""
+    limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * file_bytes
+    if width * height > limit:
+        raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of this size")
+
+
+def _webp_size(start):
+    """Returns (width, height) from the first 30 bytes of a file, (0, 0) if it is not WebP. Pillow allocates a WebP's
+    pixels when it opens the file, before it gives its size."""
+    if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or len(start) < 30:
+        return 0, 0
+    number = functools.partial(int.from_bytes, byteorder="little")
+    if start[12:16] == b"VP8X":
+        return 1 + number(start[24:27]), 1 + number(start[27:30])
+    if start[12:16] == b"VP8L":
+        bits = number(start[21:25])
+        return 1 + bits % 2 ** 14, 1 + (bits >> 14) % 2 ** 14
+    return number(start[26:28]) % 2 ** 14, number(start[28:30]) % 2 ** 14
+
+
 def _open(path):
     """Opens a file in one of the FORMATS. Registers pillow-heif at the first file that needs it."""
+    with open(path, "rb") as file:
+        start = file.read(30)
+    _check_size(*_webp_size(start), os.path.getsize(path))
     try:
         return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
-        with open(path, "rb") as file:
-            start = file.read(12)
         if start.startswith(JXL_STARTS):
             raise ValueError(JXL_UNSUPPORTED) from None
-        if "HEIF" in Image.OPEN or start[4:8] != b"ftyp" or start[8:] not in HEIF_BRANDS:
+        if "HEIF" in Image.OPEN or start[4:8] != b"ftyp" or start[8:12] not in HEIF_BRANDS:
             raise
     try:
         import pillow_heif
@@ -209,10 +231,7 @@ def _pixels(path, settings):
         raise ValueError("empty file")
     Image.init()    # registers the formats that this Pillow was built with
     with _open(path) as picture:
-        width, height = picture.size
-        limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * status.st_size
-        if width * height > limit:
-            raise ValueError(f"{width} x {height} pixels, above the limit of {limit:,} for a file of this size")
+        _check_size(*picture.size, status.st_size)
         conversion = _conversion(picture, path)
         deep = ";16" in str([tile[3] for tile in picture.tile])    # Pillow keeps 8 of the 16 bits of colour images
         # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.

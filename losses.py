@@ -1,7 +1,7 @@
 """Losses: Wasserstein with gradient penalty for both networks, and the VAE's own terms.
 
 Every function is pure: tensors in, tensors out, no random draws. `critic` is any function from images (B, C, H, W) to
-scores (B,). Each weighted term is defined here once; training_step.py adds them up.
+scores (B,). Each formula is defined here once; training_step.py applies them.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def critic_loss(real_score: Tensor, fake_score: Tensor, lambda_drift: float) -> 
 
 def score_drift(real_score: Tensor, fake_score: Tensor) -> Tensor:
     """(mean D(real)^2 + mean D(fake)^2) / 2: keeps the scores centred, which no other term does (Karras et al. 2018,
-    appendix A.1, here for both sides)."""
+    appendix A.1, penalise the real scores only)."""
     return (real_score.square().mean() + fake_score.square().mean()) / 2
 
 
@@ -31,17 +31,17 @@ def interpolate(real: Tensor, fake: Tensor, e: Tensor) -> Tensor:
 def gradient_norm(critic: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     """||grad_x D(x)||_2 of each image over all C*H*W entries: (B, C, H, W) -> (B,), differentiable.
 
-    torch.func.grad equals torch.autograd.grad(..., create_graph=True), and is the form that torch.compile accepts.
-    The clamp keeps the derivative of the square root finite where the gradient is 0.
+    torch.func.grad gives the gradient of torch.autograd.grad(..., create_graph=True). The clamp keeps the derivative
+    of the square root finite where the gradient is 0.
     """
     gradient = torch.func.grad(lambda x: critic(x).sum())(image)
     return gradient.flatten(1).square().sum(1).clamp_min(1e-12).sqrt()
 
 
 def gradient_penalty(norm: Tensor, count: float | None = None) -> Tensor:
-    """GP = mean over samples of (||grad D(x_hat)||_2 - 1)^2 (Gulrajani et al. 2017, equation 3).
+    """GP = mean over images of (||grad D(x_hat)||_2 - 1)^2 (Gulrajani et al. 2017, equation 3).
 
-    norm (B,), possibly empty. count: the number of samples that the sum is divided by, len(norm) by default.
+    norm (B,), possibly empty. count: the number of images that the sum is divided by, len(norm) by default.
     """
     return (norm - 1).square().sum() / (len(norm) if count is None else count)
 
@@ -49,7 +49,8 @@ def gradient_penalty(norm: Tensor, count: float | None = None) -> Tensor:
 # ------------------------------------------------------------------------------------- VAE
 
 def reconstruction_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over all elements, both in [-1, 1]: a Laplace likelihood up to its scale."""
+    """Mean absolute error over all elements, both in [-1, 1]: the negative log-likelihood of a Laplace distribution, up
+    to its scale and a constant."""
     return (image - target).abs().mean()
 
 
@@ -62,15 +63,15 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
 def size_factor(elements: int) -> float:
     """sqrt(C*H*W / 12288), the factor of LAMBDA_REC and LAMBDA_KL, which are written for 3 x 64 x 64 = 12288 elements.
 
-    The critic's gradient with respect to an image has norm about 1 at any size, that of a mean absolute error
-    1 / sqrt(C*H*W). The factor keeps their ratio.
+    The critic's gradient with respect to an image has norm about 1 at any size; the gradient of a mean absolute error
+    has norm 1 / sqrt(C*H*W). The factor keeps their ratio.
     """
     return (elements / 12288) ** 0.5
 
 
 def generator_loss(fake_score: Tensor, reconstruction: Tensor, kl: Tensor, elements: int, lambda_rec: float,
                    lambda_kl: float) -> Tensor:
-    """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), the weights times size_factor.
+    """L_G = -mean D(fake) + f * (LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W)), f = size_factor.
 
     elements = C*H*W. The penalty is not part of L_G: it does not depend on the generator once x_hat is fixed.
     LAMBDA_KL / LAMBDA_REC is the scale b of the Laplace likelihood exp(-|image - target| / b).

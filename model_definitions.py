@@ -41,7 +41,7 @@ def widths(image_size: int, width: int, width_max: int) -> list[int]:
     return [min(width * 2 ** i, width_max) for i in range(len(sides(image_size)) - 1)]
 
 
-def run(modules: Iterable, x: Tensor, *others: Tensor, recompute: bool = False) -> Tensor:
+def apply_in_turn(modules: Iterable, x: Tensor, *others: Tensor, recompute: bool = False) -> Tensor:
     """Applies the modules in turn: x = module(x, *others). recompute=True does not keep their activations but computes
     them again in the backward pass (Chen et al. 2016), which is only valid for modules without random draws."""
     for module in modules:
@@ -54,12 +54,12 @@ def run(modules: Iterable, x: Tensor, *others: Tensor, recompute: bool = False) 
 
 def full_precision(x: Tensor) -> torch.autocast:
     """A context that disables autocast on x's device."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)        # autocast does not know "meta"
 
 
 def he_init(*modules: nn.Module, slope: float = 0.0) -> None:
-    """Initialises every convolution and Linear with variance 2 / fan_in (He et al. 2015), ConvTranspose2d with
-    bilinear_init. slope: the negative slope of the LeakyReLU before them."""
+    """Initialises every convolution and Linear with variance 2 / ((1 + slope^2) fan_in) (He et al. 2015), slope that of
+    the LeakyReLU before it; ConvTranspose2d with bilinear_init; biases with 0."""
     for module in (m for part in modules for m in part.modules()):
         if isinstance(module, nn.ConvTranspose2d):
             bilinear_init(module.weight)
@@ -102,13 +102,12 @@ def conv_block(channels_in: int, channels_out: int, for_critic: bool) -> nn.Sequ
 
     The encoder has GroupNorm and ReLU. The critic has LeakyReLU, no normalisation, and anti-aliased max pooling: max at
     stride 1, then a 2 x 2 mean (Zhang 2019). Plain max pooling passes the gradient to one pixel in four, which leaves a
-    dot pattern in the generated images. ceil_mode makes H - 1 maxima end at H // 2 for even and odd H.
+    dot pattern in the generated images. ceil_mode averages the H - 1 maxima to H // 2 means, for even and odd H.
     """
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1)
     if not for_critic:
         return nn.Sequential(conv, group_norm(channels_out), nn.ReLU(inplace=True), nn.MaxPool2d(2))
     return nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True), MaxPool2dTwiceDifferentiable(2, stride=1),
-                         # True is torch's default; torch 2.14 compiles a wrong gradient for it (pytorch issue 198119).
                          nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False))
 
 
@@ -122,10 +121,10 @@ def conv_tower(image_size: int, channels: int, width: int, width_max: int,
 
 class EqualisedLinear(nn.Linear):
     """Linear with an equalised learning rate (Karras et al. 2018): weights near 1, divided by sqrt(N) where they are
-    used, (B, N) -> (B, M). Its initial output is `scale` times that of nn.Linear.
+    used, (B, N) -> (B, M). Its initial weights have `scale` times the effect of those of nn.Linear.
 
-    Adam moves each weight by about the learning rate per step, so a plain Linear's output by up to N times that: mu and
-    logvar, which read thousands of features, would leave the prior within tens of steps.
+    Adam moves each weight by about the learning rate per step, so that the output of a plain Linear can move by N times
+    as much: mu and logvar, which read thousands of features, would leave the prior within tens of steps.
     """
 
     def __init__(self, features_in: int, features_out: int, scale: float = 1.0):
@@ -137,7 +136,7 @@ class EqualisedLinear(nn.Linear):
 
 
 class ModulatedNorm(nn.Module):
-    """GroupNorm with scale and shift predicted from z, which so reaches every scale of the decoder (Chen et al. 2019,
+    """GroupNorm with scale and shift predicted from z, so that z reaches every scale of the decoder (Chen et al. 2019,
     "On Self Modulation"): (B, C, H, W), z (B, LATENT_DIM) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, latent_dim: int):
@@ -155,7 +154,7 @@ class ModulatedNorm(nn.Module):
 class DecoderBlock(nn.Module):
     """(ModulatedNorm, ReLU, ConvTranspose2d): (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W), plus
     output_padding. Every block but the last adds a residual branch (ModulatedNorm, ReLU, Conv2d; He et al. 2016), and
-    scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads as many input pixels."""
+    scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads the same number of inputs."""
 
     def __init__(self, channels_in: int, channels_out: int, latent_dim: int, output_padding: int, last: bool):
         super().__init__()
@@ -176,8 +175,8 @@ class DecoderBlock(nn.Module):
 # ------------------------------------------------------------------------------------- VAE
 
 class VAE(nn.Module):
-    """Encoder: (Conv2d, ReLU, MaxPool2d) blocks and Linear heads for mu and logvar. Decoder: Linear, blocks of ReLU
-    and ConvTranspose2d, and a final Sigmoid (Kingma and Welling 2013, "Auto-Encoding Variational Bayes").
+    """Encoder: blocks of Conv2d, GroupNorm, ReLU and MaxPool2d, and Linear heads for mu and logvar. Decoder: Linear,
+    DecoderBlocks with ConvTranspose2d, and a Sigmoid (Kingma and Welling 2013, "Auto-Encoding Variational Bayes").
 
     image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
@@ -205,7 +204,7 @@ class VAE(nn.Module):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM); logvar is clamped to LOGVAR_RANGE."""
-        features = run(self.encoder, image, recompute=self.recompute).flatten(1).to(image.dtype)
+        features = apply_in_turn(self.encoder, image, recompute=self.recompute).flatten(1).to(image.dtype)
         with full_precision(features):
             return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
 
@@ -216,9 +215,9 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
         hidden = self.from_z(z).unflatten(1, self.start_shape)                 # (B, C, 4..7, 4..7)
-        hidden = run(self.decoder[:-1], hidden, z, recompute=self.recompute)
+        hidden = apply_in_turn(self.decoder[:-1], hidden, z, recompute=self.recompute)
         with full_precision(hidden):                         # the image itself is never rounded to bfloat16
-            return torch.sigmoid(run(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute))
+            return torch.sigmoid(apply_in_turn(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute))
 
     def forward(self, image, noise):
         """image in [-1, 1], noise (B, LATENT_DIM) -> x in [0, 1], mu, logvar."""
@@ -380,17 +379,20 @@ class TransformerParamTanh(nn.Module):
                  alpha_per_channel: bool = False, shift: float = 0.06, brightness: float = 0.1, noise: float = 0.05,
                  recompute: bool = False):
         super().__init__()
+        if image_size % patch or patch % self.CELL or dim % heads:
+            raise ValueError(f"image_size {image_size}, patch {patch}, dim {dim} are invalid: patch must divide "
+                             f"image_size and be a multiple of {self.CELL}, dim a multiple of the {heads} heads")
         self.channels, self.image_size, self.recompute = channels, image_size, recompute
         self.alpha_init, self.alpha_span = alpha_init, alpha_span
         self.video = SyntheticVideo(num_frames, channels, image_size, shift, brightness, noise)
         self.to_tokens = nn.Conv2d(num_frames * channels, dim, patch, stride=patch)
         self.token_norm = nn.LayerNorm(dim)
-        nn.init.normal_(self.to_tokens.weight)          # before a norm, their size only sets how fast Adam turns them
+        nn.init.normal_(self.to_tokens.weight)    # the norm removes their scale; larger weights change more slowly
         self.side = image_size // patch                                  # patches along one side of the image
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.side ** 2, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True,
+        first = nn.TransformerEncoderLayer(dim, heads, dim_feedforward=4 * dim, dropout=0.0, batch_first=True,
                                            norm_first=True)
-        self.transformer = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.transformer = nn.TransformerEncoder(first, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
         for layer in self.transformer.layers:           # nn.TransformerEncoder copies the first layer's weights
             for linear in (layer.self_attn.out_proj, layer.linear1, layer.linear2):
                 linear.reset_parameters()
@@ -427,7 +429,7 @@ class TransformerParamTanh(nn.Module):
     def encode(self, tokens: Tensor) -> Tensor:
         """Returns self.transformer(tokens), (B, N, D) -> (B, N, D)."""
         layers = [functools.partial(encoder_layer, layer) for layer in self.transformer.layers]
-        return self.transformer.norm(run(layers, tokens, recompute=self.recompute))
+        return self.transformer.norm(apply_in_turn(layers, tokens, recompute=self.recompute))
 
     def alpha(self, x: Tensor, earlier: Tensor | None = None, changes: Changes | None = None) -> Tensor:
         """Returns alpha for x (B, C, H, W) in [0, 1]: (B, 1, H, W), or (B, C, H, W) per channel. Arguments as in
@@ -449,8 +451,11 @@ class TransformerParamTanh(nn.Module):
 
         earlier: the T-1 earlier images, newest first, (B, (T-1)*C, H, W) in [0, 1], in place of modified copies.
         changes: of the modified copies, from video.draw(rng); None: the fixed schedule, so that the result depends on
-        x alone.
+        x alone. Raises ValueError for x of another size.
         """
+        expected = (self.channels, self.image_size, self.image_size)
+        if x.shape[1:] != expected:
+            raise ValueError(f"x {tuple(x.shape)} is invalid: must be (B, {', '.join(map(str, expected))})")
         return self.apply_alpha(x, self.alpha(x, earlier, changes))
 
     def extra_repr(self):
@@ -518,10 +523,13 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
     """Returns the networks of a run from its constants: config.py's, or a checkpoint's. layer_class: another class
     with TransformerParamTanh's arguments, to compare with."""
     recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # older checkpoints do not have it
-    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, c.LATENT_DIM, c.WIDTH, c.WIDTH_MAX, c.ENCODER_WIDTH, recompute)
+    vae = VAE(c.IMAGE_SIZE, c.CHANNELS, latent_dim=c.LATENT_DIM, width=c.WIDTH, width_max=c.WIDTH_MAX,
+              encoder_width=c.ENCODER_WIDTH, recompute=recompute)
     layer = layer_class(
-        c.IMAGE_SIZE, c.CHANNELS, c.NUM_FRAMES, c.PATCH, c.TRANSFORMER_DIM, c.TRANSFORMER_HEADS, c.TRANSFORMER_LAYERS,
-        c.ALPHA_INIT, c.ALPHA_SPAN, c.ALPHA_PER_CHANNEL, c.VIDEO_SHIFT, c.VIDEO_BRIGHTNESS, c.VIDEO_NOISE, recompute)
+        c.IMAGE_SIZE, c.CHANNELS, num_frames=c.NUM_FRAMES, patch=c.PATCH, dim=c.TRANSFORMER_DIM,
+        heads=c.TRANSFORMER_HEADS, layers=c.TRANSFORMER_LAYERS, alpha_init=c.ALPHA_INIT, alpha_span=c.ALPHA_SPAN,
+        alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
+        recompute=recompute)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 

@@ -33,7 +33,7 @@ SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDT
 
 @dataclass
 class State:
-    """Everything that changes during training, and everything that a checkpoint holds."""
+    """What changes during training, where it is, and who else trains. A checkpoint holds PARTS and counters."""
     generator: model_definitions.Generator
     critic: model_definitions.Discriminator
     ema: model_definitions.Generator
@@ -99,7 +99,7 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
         torch.default_generator.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
         generator, critic = model_definitions.build(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
-    generator.layer.to_tokens.to(memory_format=torch.contiguous_format)    # rearranged in each step; twice as fast so
+    generator.layer.to_tokens.to(memory_format=torch.contiguous_format)    # rearranged in each step, twice as fast
     ema = copy.deepcopy(generator).requires_grad_(False)
 
     def adam(models, rates):                 # fused: twice as fast as the default, on the CPU too
@@ -167,9 +167,9 @@ def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.devi
         return state
     file, saved = found
     if "constants" not in saved:                 # the weights of INIT_FROM
-        load_weights(state, file, saved)
+        load_initial_weights(state, file, saved)
         return state
-    load(state, file, saved)
+    load_checkpoint(state, file, saved)
     counters, before = state.counters, saved["constants"]
     print(f"continuing {folder} at step {counters['step']} from {file.name}")
     if counters["lr_scale"] != 1:
@@ -210,7 +210,7 @@ def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
                   if source in saved}
 
 
-def load_weights(state: State, file: Path, weights: dict) -> None:
+def load_initial_weights(state: State, file: Path, weights: dict) -> None:
     """Loads the weights of a file into a new run's networks. Raises InputError if its networks differ."""
     try:
         for part in weights:
@@ -221,7 +221,7 @@ def load_weights(state: State, file: Path, weights: dict) -> None:
     print(f"starting from {file}" + ("" if "critic" in weights else ", with a new critic: the file has none"))
 
 
-def load(state: State, file: Path, saved: dict) -> None:
+def load_checkpoint(state: State, file: Path, saved: dict) -> None:
     """Loads a checkpoint into the state. Raises InputError if its networks differ."""
     try:
         state.load_state_dict(saved)
@@ -244,16 +244,16 @@ class Saver:
 
     def __init__(self, state: State, c: SimpleNamespace, folder: Path):
         self.state, self.c, self.folder, self.saved_step = state, c, folder / "checkpoints", state.counters["step"]
-        self.wait(60 * c.CHECKPOINT_MINUTES)
+        self.save_in(60 * c.CHECKPOINT_MINUTES)
 
-    def wait(self, seconds: float) -> None:
+    def save_in(self, seconds: float) -> None:
         self.next_time = time.monotonic() + seconds
 
     def due(self) -> bool:
         """Returns, after each step, whether it is time to save."""
         counters = self.state.counters
         if counters["step"] % self.c.CHECKPOINT_EVERY == 0:
-            self.wait(0)
+            self.save_in(0)
         return time.monotonic() >= self.next_time and not counters["skipped_in_a_row"]
 
     def save(self, **more) -> Path | None:
@@ -268,9 +268,9 @@ class Saver:
                                  "give another --runs-dir") from None
             print_line(f"step {counters['step']}: cannot write the checkpoint ({error.strerror}); the earlier ones "
                        f"stay. Trying again later: {advice(error)} of {self.folder}")
-            self.wait(self.RETRY_SECONDS)
+            self.save_in(self.RETRY_SECONDS)
             return None
-        self.wait(60 * self.c.CHECKPOINT_MINUTES)
+        self.save_in(60 * self.c.CHECKPOINT_MINUTES)
         self.saved_step = counters["step"]
         return file
 
@@ -323,7 +323,7 @@ def roll_back(state: State, c: SimpleNamespace, saver: Saver, log) -> None:
                        f"{rollbacks} rollbacks: {continue_with} --learning-rate {rates[0]:.3g} --critic-learning-rate "
                        f"{rates[1]:.3g} --max-rollbacks {rollbacks + 3}; metrics.jsonl has the values")
 
-    load(state, *distributed.on_rank_0(ranks, find))
+    load_checkpoint(state, *distributed.on_rank_0(ranks, find))
     counters.update(rollbacks=rollbacks + 1, lr_scale=counters["lr_scale"] / 2)
     state.set_learning_rates(c)
     if ranks.is_first:

@@ -150,7 +150,9 @@ class Evaluation:
 
     def gather_features(self, images: torch.Tensor) -> torch.Tensor | None:
         """Returns the features of all ranks' images, or None without an extractor."""
-        return self.extractor and torch.cat(distributed.gather(self.state.ranks, self.extractor(images)))
+        if self.extractor is None:
+            return None
+        return torch.cat(distributed.gather(self.state.ranks, self.extractor(images)))
 
 
 def write_if_possible(state: run_state.State, *writers) -> None:
@@ -174,10 +176,10 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         saver, evaluation = run_state.Saver(state, c, folder), Evaluation(state, c, image_set)
         log = Log(folder, c, counters["step"]) if ranks.is_first else NoLog()
         if counters["step"] == 0:
-            write_if_possible(state, samples, functools.partial(page, True))
+            write_if_possible(state, samples, functools.partial(page, live=True))
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it
-        number = time_up = 0
-        while counters["step"] < c.STEPS and not number and not time_up:
+        signal_number = time_up = 0
+        while counters["step"] < c.STEPS and not signal_number and not time_up:
             values = training_step(state, c, image_set)
             state.count_skipped()
             if counters["step"] % c.LOG_EVERY == 0 or counters["skipped_in_a_row"]:
@@ -187,10 +189,10 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
                 run_state.roll_back(state, c, saver, log)
                 continue
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
-                write_if_possible(state, samples, functools.partial(page, True))
+                write_if_possible(state, samples, functools.partial(page, live=True))
             evaluation.step(log, saver)
             # A signal or a clock reaches one rank; all ranks must act on it at the same step.
-            number, time_up, due = distributed.maximum(ranks, [
+            signal_number, time_up, due = distributed.maximum(ranks, [
                 stop.number or 0, int(ranks.is_first and 0 < 60 * c.MINUTES < time.monotonic() - started),
                 int(ranks.is_first and saver.due())])
             if due:
@@ -199,17 +201,17 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
                     saver.save()
         log.close()
         check_weights(state)
-        file = finish(state, image_set, saver, stop) if ranks.is_first else folder
-        if not number and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
+        file = finish(state, image_set, saver, stop) if ranks.is_first else folder      # rank 0 reports a failure
+        if not signal_number and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
             write_if_possible(state, samples)
-        write_if_possible(state, functools.partial(page, False))
+        write_if_possible(state, functools.partial(page, live=False))
         distributed.gather(ranks, None)          # torchrun ends all ranks when the first one exits
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; images and curves in "
           f"{folder / 'index.html'}")
     if counters["step"] < c.STEPS:
         print("the same command continues the run")
-    if number:
-        return 128 + number
+    if signal_number:
+        return 128 + signal_number
     return 0 if file else 1
 
 

@@ -18,14 +18,14 @@ import losses
 import update
 from model_definitions import Changes, Generator, full_precision
 
-WALK_POINTS = 3                # images of the walk behind a feedback update, each in several frames of its video
-WALK_LENGTH = 0.5              # the walk's largest length, as a share of the arc to another point
+WALK_POINTS = 3                # images on the walk of a feedback update; each one fills several frames of the video
+WALK_LENGTH = 0.5              # largest length of the walk, as a share of the arc from z to another point
 
 
 # ------------------------------------------------------------------------------------- batch
 
 class Walk(NamedTuple):
-    """The walk in latent space that leads to the images of a feedback update."""
+    """The walk in latent space that leads to the z of a feedback update."""
     origin: Tensor                            # (B, LATENT_DIM) from N(0, I)
     share: Tensor                             # (B, 1) in [0, 1): the walk's length as a share of WALK_LENGTH
 
@@ -55,10 +55,13 @@ class Batch:
 
     def pieces(self, size: int) -> list["Batch"]:
         """Returns micro-batches of `size` images."""
-        split = {name: getattr(self, name).split(size) for name in ("real", "z", "posterior_noise", "e")}
-        walks = [self.walk and Walk(*parts) for parts in zip(*(tensor.split(size) for tensor in self.walk or ()))]
-        return [Batch(**{name: parts[i] for name, parts in split.items()}, changes=self.changes,
-                      walk=walks[i] if walks else None, first=self.first + i * size) for i in range(len(split["real"]))]
+        def part(tensor, start):
+            return tensor[start:start + size]
+
+        return [Batch(part(self.real, start), part(self.z, start), part(self.posterior_noise, start),
+                      part(self.e, start), self.changes,
+                      self.walk and Walk(part(self.walk.origin, start), part(self.walk.share, start)),
+                      first=self.first + start) for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor that is drawn."""
@@ -72,13 +75,13 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     def draw(function, purpose, *shape):
         return to_device(function(shape, generator=state.rng(c, purpose, critic_update))[mine], state.device)
 
-    z = draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM)
     changes = state.generator.layer.video.draw(state.rng(c, "video", critic_update))
     walk, rng = None, state.rng(c, "feedback", critic_update)
     if c.NUM_FRAMES > 1 and torch.rand((), generator=rng) < c.FEEDBACK_PROB:
         walk = Walk(*(to_device(tensor[mine], state.device) for tensor in (
             torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=rng), torch.rand(c.BATCH_SIZE, 1, generator=rng))))
-    return Batch(real_images(state, c, image_set, critic_update), z,
+    return Batch(real_images(state, c, image_set, critic_update),
+                 draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.rand, "between", c.BATCH_SIZE),
                  Changes(*(to_device(tensor, state.device) for tensor in changes)), walk, mine.start)
@@ -115,19 +118,19 @@ def generate(generator: Generator, batch: Batch) -> Generated:
 def earlier_images(generator: Generator, z: Tensor, changes: Changes, walk: Walk | None) -> Tensor | None:
     """The T-1 images before z on its walk, newest first, (B, (T-1)*C, H, W) in [0, 1]; None without a walk.
 
-    Made at WALK_POINTS points of the walk, each used for several frames, with alphas from synthetic videos: one image
-    per frame would cost several steps. No gradient flows through them.
+    The images of WALK_POINTS points of the walk, each in several frames, with alphas from synthetic videos: one image
+    per frame would take as long as several steps. No gradient flows through them.
     """
     if walk is None:
         return None
     frames = generator.layer.video.num_frames - 1
-    ways = [WALK_LENGTH * walk.share * i / WALK_POINTS for i in range(1, WALK_POINTS + 1)]
-    points = [generator(latent_space.spherical(z, walk.origin, way), changes=changes) for way in ways]
-    return torch.cat([(1 + points[i * WALK_POINTS // frames]) / 2 for i in range(frames)], dim=1)
+    distances = [WALK_LENGTH * walk.share * i / WALK_POINTS for i in range(1, WALK_POINTS + 1)]
+    images = [generator(latent_space.spherical(z, walk.origin, t), changes=changes) for t in distances]
+    return torch.cat([(1 + images[i * WALK_POINTS // frames]) / 2 for i in range(frames)], dim=1)
 
 
 def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
-    """The fakes without gradient; of a shared batch, from the pass that the generator's update uses too."""
+    """The fakes without gradient. For a shared batch, also stores the pass, which the generator's update reuses."""
     if batch.shared:
         batch.generated = generate(generator, batch)
         return batch.generated.fake.detach()
@@ -138,23 +141,28 @@ def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
 # ------------------------------------------------------------------------------------- algorithm
 
 def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
-    """L_D = mean D(fake) - mean D(real) + LAMBDA_DRIFT * drift + LAMBDA_GP * GP, as two terms with values to log."""
+    """L_D = mean D(fake) - mean D(real) + LAMBDA_DRIFT * drift + LAMBDA_GP * GP, as two terms with values to log.
+
+    Each yielded loss has a backward pass of its own, which frees its graph: a new term that uses real_score or
+    fake_score belongs into the first loss, one with a forward pass of its own can be yielded by itself.
+    """
     fake = fakes_for_critic(state.generator, batch)
     real_score, fake_score = state.critic(torch.cat([batch.real, fake])).chunk(2)
     yield (losses.critic_loss(real_score, fake_score, c.LAMBDA_DRIFT),
            {"score_gap": real_score.mean() - fake_score.mean()})
 
     measured = slice(-batch.first % c.GP_EVERY, None, c.GP_EVERY)        # every GP_EVERY-th image of the whole batch
-    count = math.ceil(c.BATCH_SIZE / c.GP_EVERY) * len(fake) / c.BATCH_SIZE    # images measured per piece, on average
+    measured_per_piece = math.ceil(c.BATCH_SIZE / c.GP_EVERY) * len(fake) / c.BATCH_SIZE         # on average
     x_hat = losses.interpolate(batch.real[measured], fake[measured], batch.e[measured])
     with full_precision(x_hat):
         norm = losses.gradient_norm(state.critic, x_hat)
-    penalty = losses.gradient_penalty(norm, count)
-    yield c.LAMBDA_GP * penalty, {"gradient_norm": norm.sum() / count, "gradient_penalty": penalty}
+    penalty = losses.gradient_penalty(norm, measured_per_piece)
+    yield c.LAMBDA_GP * penalty, {"gradient_norm": norm.sum() / measured_per_piece, "gradient_penalty": penalty}
 
 
 def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
-    """L_G = -mean D(fake) + LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W), as one term with values to log."""
+    """L_G = -mean D(fake) + f * (LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W)), f = losses.size_factor, as
+    one term with values to log."""
     if not batch.shared:
         batch.generated = generate(state.generator, batch)
     fake, reconstructed, alpha, mu, logvar = batch.generated
@@ -165,11 +173,11 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
             "alpha_spread": alpha.std(dim=(2, 3)).mean()})
 
 
-def updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
-    """N_CRITIC critic updates and one generator update (Gulrajani et al. 2017, algorithm 1). Returns scalars to log.
+def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
+    """N_CRITIC critic updates and one generator update (Gulrajani et al. 2017, algorithm 1). Returns the scalars of the
+    last critic update and of the generator update.
 
-    The generator is the same in the last critic update and in its own update, so both use one pass of it, unless
-    micro-batches limit the memory.
+    Both use the same weights of the generator, so they share one pass of it, unless micro-batches limit the memory.
     """
     for batch in batches:
         pieces = batch.pieces(c.MICRO_BATCH or len(batch.real))
@@ -185,7 +193,7 @@ def updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
 def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step: draws, updates, EMA. Returns this rank's scalars (tensors) to log."""
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
-    values = update.run_recorded(updates, state, c, batches)
+    values = update.run_recorded(apply_updates, state, c, batches)
     state.counters["images_seen"] += c.BATCH_SIZE
     update.update_ema(state, c)
     state.counters["step"] += 1

@@ -36,7 +36,7 @@ def keep_freed_memory(keep: bool = True) -> None:
     mmap_max, mmap_threshold, trim_threshold = -4, -3, -1             # parameter numbers in malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):     # another C library: nothing to do
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version                                  # noqa: B018
+        library.gnu_get_libc_version        # noqa: B018  raises AttributeError for another C library
         library.mallopt(mmap_max, 0 if keep else 65536)
         library.mallopt(mmap_threshold, 2 ** 25)
         library.mallopt(trim_threshold, 2 ** 31 - 1 if keep else 2 ** 26)
@@ -80,9 +80,9 @@ def in_mixed_precision(state, c, terms: Iterator) -> Iterator:
 
 
 def apply_if_finite(state, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Runs the optimizer's step, unless a gradient is not finite; then applies nothing and counts it in state.skipped.
+    """Runs the optimizer's step, unless a gradient is not finite: then counts the update in state.skipped instead.
 
-    The verdict stays on the device, where fused Adam takes it as it would from GradScaler: no wait for the device.
+    The flag stays on the device, where fused Adam reads it as found_inf, as GradScaler sets it: the host does not wait.
     """
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     bad = ~torch.isfinite(norm)
@@ -118,9 +118,9 @@ class RecordedStep:
     """A function (state, c, batches) -> scalars, recorded once as a CUDA graph and then replayed: thousands of small
     kernels start as one.
 
-    The first steps run eagerly, on a stream of their own as PyTorch requires: cuDNN chooses its algorithms, Adam
-    creates its averages. The recording keeps the addresses of all tensors, so new batches are copied into the first
-    one's memory.
+    The first steps run eagerly, on a stream of their own as PyTorch requires, while cuDNN chooses its algorithms and
+    Adam creates its averages. The recording keeps the addresses of all tensors, so new batches are copied into the
+    memory of the recorded ones.
     """
 
     WARM_UP = 3      # steps
@@ -149,8 +149,8 @@ class RecordedStep:
 
 
 def run_recorded(function: Callable, state, c, batches: list) -> dict[str, Tensor]:
-    """Returns function(state, c, batches), on CUDA with CUDA_GRAPH through a RecordedStep: one per kind of batch, which
-    are those with and without a walk."""
+    """Returns function(state, c, batches), on CUDA with CUDA_GRAPH through a RecordedStep: one graph for batches with a
+    walk, one for those without."""
     if not c.CUDA_GRAPH or state.device.type != "cuda" or state.ranks.size > 1:
         return function(state, c, batches)
     kind = tuple(batch.walk is None for batch in batches)

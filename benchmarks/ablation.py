@@ -74,8 +74,8 @@ class NoLayer(TransformerParamTanh):
 class OneAlpha(TransformerParamTanh):
     """One learned alpha for all images and pixels, within TransformerParamTanh's bounds."""
 
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
+    def __init__(self, *sizes, **others):
+        super().__init__(*sizes, **others)
         self.s = nn.Parameter(torch.zeros(1))
 
     def alpha(self, x, earlier=None, changes=None):

@@ -27,8 +27,8 @@ def test_every_constant_except_the_derived_is_a_flag_with_its_comment_as_help(ca
 
 
 def test_flags_override_config_and_derived_constants_follow():
-    c, given = parse_constants(["--batch-size", "32", "--num-frames", "8", "--flip", "--lambda-gp=5"])
-    assert (c.BATCH_SIZE, c.NUM_FRAMES, c.FLIP, c.LAMBDA_GP) == (32, 8, True, 5.0)
+    c, given = parse_constants(["--batch-size", "32", "--num-frames", "8", "--flip", "--lambda-gp=0"])
+    assert (c.BATCH_SIZE, c.NUM_FRAMES, c.FLIP, c.LAMBDA_GP) == (32, 8, True, 0.0)
     assert c.TRANSFORMER_IN_CHANNELS == 8 * c.CHANNELS
     assert given == {"BATCH_SIZE", "NUM_FRAMES", "FLIP", "LAMBDA_GP"}
     assert c.STEPS == config.STEPS
@@ -74,8 +74,8 @@ def test_auto_selects_cuda_before_mps_before_cpu(monkeypatch, cuda, mps, expecte
 
 @pytest.mark.parametrize("error, status, words", [
     (InputError("bad flag"), 2, "bad flag"), (RunError("gave up"), 1, "gave up"),
-    (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "a/b: No such file or directory"),
-    (OSError(28, "No space left on device", "a/b"), 1, "a/b: No space left on device"),
+    (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "a/b cannot be used: No such file or directory"),
+    (OSError(28, "No space left on device", "a/b"), 1, "a/b cannot be used: No space left on device"),
     (KeyboardInterrupt(), 130, "stopped")])
 def test_every_error_of_a_script_is_one_line_with_its_exit_status(capsys, error, status, words):
     def fail(argv):

@@ -13,10 +13,17 @@ from PIL import Image, ImageFile
 
 import checkpoints
 import data
+import update
 from errors import InputError
 
 CASES = 300                        # mutations of each kind of file
 MEMORY = 3 * 4 * 2 ** 25 // 1024   # KiB added to the peak: three copies in RGBA of the most pixels that are decoded
+
+
+@pytest.fixture(autouse=True)
+def memory_is_returned():
+    """Undoes what a training in this process may have set, so that the peak is that of a single file."""
+    update.keep_freed_memory(False)
 
 
 def mutated(content, rng):

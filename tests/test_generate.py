@@ -209,7 +209,7 @@ def test_motion_of_known_frames():
 def test_photos_are_reconstructed_by_the_encoder(run, photos, tmp_path, capsys):
     assert generate.main([str(run), "--reconstruct", str(photos / "0002.png"), str(photos), "--format", "webp",
                           "--out", str(tmp_path)]) == 0
-    assert "9 photos, mean error" in capsys.readouterr().out
+    assert "photos: 9, mean error" in capsys.readouterr().out
     assert len(list(tmp_path.glob("reconstructed_0*.webp"))) == 9
     assert Image.open(tmp_path / "reconstructed.webp").size == (8 * 34 - 2, 2 * 2 * (32 + 22))
 

@@ -299,3 +299,15 @@ def test_the_feedback_gradient_through_alpha_is_neither_zero_nor_cut(rng):
     slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
     assert gradient.norm() > 1e-3
     assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 100}, {"image_size": 64, "patch": 6}, {"image_size": 64, "dim": 50}])
+def test_sizes_that_do_not_fit_together_are_refused(sizes):
+    with pytest.raises(ValueError, match="patch must divide image_size and be a multiple of 4, dim "):
+        TransformerParamTanh(**sizes)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 48, 48), (2, 1, 64, 64), (3, 64, 64)])
+def test_an_input_of_another_size_is_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \(B, 3, 64, 64\)"):
+        TransformerParamTanh(64, layers=1)(torch.zeros(shape))

@@ -293,7 +293,7 @@ def test_page_that_cannot_be_written_leaves_the_one_before(folder, capsys, monke
         raise OSError(28, "No space left on device", "index.html.part")
     monkeypatch.setattr(os, "replace", full)
     assert report.main([str(folder)]) == 1
-    assert capsys.readouterr().err == f"report.py: {folder / 'index.html'}: No space left on device\n"
+    assert capsys.readouterr().err == f"report.py: {folder / 'index.html'} cannot be used: No space left on device\n"
     assert (folder / "index.html").read_bytes() == before and not list(folder.glob("*.part"))
 
 

@@ -44,10 +44,10 @@ def test_a_run_writes_config_samples_log_checkpoint_and_page(run, tmp_path, caps
 
 
 def test_the_page_is_live_until_the_run_ends(run, monkeypatch):
-    live, write = [], training.report.write
-    monkeypatch.setattr(training.report, "write", lambda folder, on: live.append(on) or write(folder, on))
+    pages, write = [], training.report.write
+    monkeypatch.setattr(training.report, "write", lambda folder, live: pages.append(live) or write(folder, live))
     assert run("--steps", "5", "--sample-every", "2") == 0
-    assert live == [True, True, True, False]                       # steps 0, 2, 4, the end
+    assert pages == [True, True, True, False]                       # steps 0, 2, 4, the end
 
 
 def test_a_finished_run_says_how_to_continue(run, capsys):

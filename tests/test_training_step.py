@@ -307,7 +307,7 @@ def test_the_cpu_does_not_use_autocast(start):
 def test_recorded_steps_are_dropped_with_the_rates_and_the_state_that_they_hold(start):
     state, c, _ = start()
     for change in (lambda: state.set_learning_rates(c), lambda: state.load_state_dict(state.state_dict())):
-        state.graphs["kind"] = update.RecordedStep(training_step.updates)
+        state.graphs["kind"] = update.RecordedStep(training_step.apply_updates)
         change()
         assert not state.graphs
 
