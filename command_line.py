@@ -13,11 +13,11 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import config
+import errors
 from errors import InputError, RunError
 
 if TYPE_CHECKING:    # scripts import this file first, and torch takes seconds
@@ -62,7 +62,7 @@ def run_script(program: str, function: Callable[[Sequence[str] | None], int | No
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is end_during_imports:
+    if signal.getsignal(signal.SIGINT) is errors.end_during_imports:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function(argv) or 0
@@ -80,18 +80,6 @@ def run_script(program: str, function: Callable[[Sequence[str] | None], int | No
     if line:                                     # empty where another process prints the line
         print(f"{program}: {line}", file=sys.stderr)
     return status
-
-
-def end_during_imports(*_) -> None:
-    """Handles Ctrl-C while a script's imports run, which take seconds: one line and status 130, as in run_script."""
-    os.write(2, f"{Path(sys.argv[0]).name}: stopped\n".encode())
-    os._exit(130)
-
-
-main_file = getattr(sys.modules["__main__"], "__file__", None)
-if (main_file and Path(main_file).resolve().parent == Path(__file__).resolve().parent    # a script of this project
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):              # not ignored, as with nohup
-    signal.signal(signal.SIGINT, end_during_imports)
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,7 +185,8 @@ def check(c: SimpleNamespace) -> None:
         else:
             allowed, words = (lambda v: v > 0), "above 0"
         if (isinstance(value, float) and not math.isfinite(value)) or not allowed(value):
-            raise InputError(f"{flag(name)} {value} is invalid: must be {words}")
+            shown = value if len(str(value)) <= 60 else str(value)[:57] + "..."
+            raise InputError(f"{flag(name)} {shown} is invalid: must be {words}")
     if c.PATCH % 4 or c.IMAGE_SIZE % c.PATCH:
         fitting = [p for p in range(4, c.IMAGE_SIZE + 1, 4) if c.IMAGE_SIZE % p == 0]
         raise InputError(f"--patch {c.PATCH} is invalid for --image-size {c.IMAGE_SIZE}: must be one of "

@@ -8,9 +8,10 @@ Forms are signed distance functions (negative inside, 0 on the edge), so edges a
 -1..1 in both directions, x to the right and y down.
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
+import command_line
 from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced

@@ -22,9 +22,10 @@ No distance is called FID, which is defined on other weights of Inception than t
 those weights (2048 features, resizing included) computes FID.
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import importlib.util
 import re
 import sys
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
+import command_line
 import data
 import metrics
 import pictures
@@ -305,22 +307,22 @@ def reconstruct_folder(generator: Generator, image_set: ImageSet, count: int) ->
     Returns their rows in image_set.images (N,), mu (N, LATENT_DIM) and L1 errors (N,) in grey levels.
     """
     held_out, train = shuffled(image_set.held_out)[:count], shuffled(image_set.train)[:TRAINING_FACTOR * count]
-    rows, mus, errors = np.concatenate([held_out, train]), [], []
+    rows, mus, l1_errors = np.concatenate([held_out, train]), [], []
     for part in progress(np.split(rows, range(BATCH, len(rows), BATCH)), "reconstructing"):
         real = data.read_batch(image_set, part)
         mu, reconstruction = encode_and_reconstruct(generator, real)
         mus.append(mu)
-        errors.append(metrics.absolute_error(real, reconstruction))
-    mu, errors = torch.cat(mus), torch.cat(errors)
-    for kind, l1 in zip(("held-out", "training"), errors.split([len(held_out), len(train)])):
+        l1_errors.append(metrics.absolute_error(real, reconstruction))
+    mu, l1_errors = torch.cat(mus), torch.cat(l1_errors)
+    for kind, l1 in zip(("held-out", "training"), l1_errors.split([len(held_out), len(train)])):
         if len(l1):
             print_value("reconstruction L1", l1.mean(), f"levels of 255, mean over {len(l1):,} {kind} images")
-    return rows, mu, errors
+    return rows, mu, l1_errors
 
 
-def show_worst(generator: Generator, image_set: ImageSet, rows: np.ndarray, errors: Tensor) -> np.ndarray:
+def show_worst(generator: Generator, image_set: ImageSet, rows: np.ndarray, l1_errors: Tensor) -> np.ndarray:
     """Prints the images with the largest L1 errors. Returns a sheet, each above its reconstruction."""
-    largest, worst = errors.sort(descending=True, stable=True)
+    largest, worst = l1_errors.sort(descending=True, stable=True)
     rows = rows[worst[:SHOWN].numpy()]
     print("worst reconstructed: check that they belong to the set and that it contains enough like them")
     for number, (row, l1) in enumerate(zip(rows, largest), 1):
@@ -405,8 +407,8 @@ def start(argv: Sequence[str] | None) -> None:
     print_scores(scores(made, real, extractor, real_features), extractor)
     sheets = {"copies.png": check_copies(made[:COPY_CHECK], image_set)}
     if generator:
-        rows, mu, errors = reconstruct_folder(generator, image_set, arguments.count)
-        sheets["worst_reconstructed.png"] = show_worst(generator, image_set, rows, errors)
+        rows, mu, l1_errors = reconstruct_folder(generator, image_set, arguments.count)
+        sheets["worst_reconstructed.png"] = show_worst(generator, image_set, rows, l1_errors)
         sheets["near_duplicates.png"] = show_near_duplicates(image_set, rows, mu)
     if arguments.out:
         for name, sheet in sheets.items():

@@ -9,9 +9,10 @@ it, or --ort names a folder with it. All exports use the averaged (EMA) generato
 onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import argparse
 import functools
 import importlib.util
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 import checkpoints
+import command_line
 import latent_space
 import model_definitions
 from command_line import InputError, RunError

@@ -17,9 +17,10 @@ of images. Also: --interpolate, --direction (between the images of two folders),
     progress    the images of one z at each sample of the training, from RUN/samples
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import argparse
 import collections
 import concurrent.futures
@@ -36,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import command_line
 import data
 import latent_space
 import pictures

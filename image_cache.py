@@ -6,7 +6,6 @@ Imports no torch: scan processes import this file, and start in 0.3 s instead of
 import collections
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -125,7 +124,6 @@ def cache_folder(root: str | os.PathLike, settings: tuple[int, int, int], cache_
     root, (image_size, channels, _) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
     codecs = {"avif", "webp", "libtiff", "jpg", "zlib", "jpg_2000", "littlecms2"} & set(features.get_supported())
-    codecs |= {"heif"} if importlib.util.find_spec("pillow_heif") else set()
     key = repr((CACHE_FORMAT, os.fsencode(root), settings, sorted(codecs))).encode()
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.basename(root))[:40]
     digest = hashlib.blake2b(key, digest_size=6).hexdigest()

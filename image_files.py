@@ -195,7 +195,7 @@ def _open(path):
         import pillow_heif
         pillow_heif.register_heif_opener()
     except ImportError:
-        raise ValueError(HEIF_MISSING) from None
+        raise ImportError(HEIF_MISSING) from None
     return Image.open(path, formats=["HEIF"])
 
 
@@ -268,6 +268,8 @@ def decode(path: str | os.PathLike, settings: tuple[int, int, int]) -> Decoded:
             pixels, peak = _pixels(path, settings)
     except Image.UnidentifiedImageError:
         return Decoded(reason="not an image in a known format")
+    except ImportError as error:                  # a package may be installed before the next start
+        return Decoded(reason=str(error), retry=True)
     except MemoryError:
         return Decoded(reason="not enough memory to decode it", retry=True)
     except Exception as error:    # a damaged file can make a decoder raise anything; the scan goes on
@@ -276,6 +278,11 @@ def decode(path: str | os.PathLike, settings: tuple[int, int, int]) -> Decoded:
         return Decoded(reason=" ".join(str(error).split())[:120] or type(error).__name__)
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
     return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64, peak=peak)
+
+
+def counted(number: int, noun: str) -> str:
+    """(1, "image") -> "1 image", (2000, "image") -> "2,000 images"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def printable(path: str | os.PathLike) -> str:

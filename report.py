@@ -6,9 +6,10 @@ Training writes it at every sample. It reads only the files of the run's folder,
 no checkpoint. This file collects what the page shows as JSON; the script in report_page.html draws it.
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import base64
 import functools
 import importlib.metadata
@@ -26,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 import checkpoints
+import command_line
 import config
 import pictures
 from command_line import InputError

@@ -8,9 +8,10 @@
 Every constant of config.py is a flag; --help lists them.
 """
 
-import command_line  # first: Ctrl-C during the other imports ends with one line
+import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
 
 # isort: split
+
 import contextlib
 import functools
 import math
@@ -25,6 +26,7 @@ from types import SimpleNamespace
 
 import torch
 
+import command_line
 import data
 import demo_images
 import distributed
