@@ -86,7 +86,7 @@ def generate(g: nn.Module, count: int, device: torch.device) -> torch.Tensor:
     return torch.cat(batches)[:count]
 
 
-def run(argv) -> None:
+def start(argv) -> None:
     parser = command_line.Parser("dcgan.py", __doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--minutes", type=positive(float), default=20.0, metavar="X", help="[%(default)s]")
@@ -104,10 +104,5 @@ def run(argv) -> None:
     print(json.dumps({"steps": steps, "images_seen": steps * BATCH, "seconds": round(seconds, 1)}))
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 2 invalid input."""
-    return command_line.run_script("dcgan.py", run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("dcgan.py", start, None))
