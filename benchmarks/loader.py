@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tables import now, seconds         # first: the project's root on sys.path
+from tables import now, seconds  # first: the project's root on sys.path
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
