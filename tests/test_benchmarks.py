@@ -98,16 +98,16 @@ def test_loader_prints_a_row_per_comparison(start, image_folder):
         assert words in out
 
 
-@pytest.mark.parametrize("script,flags", [
-    ("step.py", "--image-size 33"), ("loader.py", "--data /nowhere"), ("quality.py", "--data a/set b/set"),
-    ("distributed.py", "--processes 1"), ("soak.py", "--kills 0"), ("peers/dcgan.py", "--data /nowhere"),
-    ("feedback.py", "/nowhere"), ("alpha.py", "/nowhere"), ("alpha.py", "RUN --count 1"),
-    ("ablation.py", "--csv none.csv"), ("ablation.py", "--csv none.csv --only alpha"),
-    ("ablation.py", "--csv none.csv --data a/set b/set"), ("ablation.py", "--csv none.csv --steps -1"),
-    ("ablation.py", "--csv none.csv -- --image-size 33")])
-def test_invalid_input_is_one_line_and_status_2(start, script, flags):
-    status, _, error = start(script, *flags.split())
-    assert status == 2 and error.count("\n") == 1, error
+@pytest.mark.parametrize("command,words", [
+    ("step.py --image-size 33", "--image-size 33"), ("loader.py --data /nowhere", "/nowhere"),
+    ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
+    ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the folders"),
+    ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),
+    ("feedback.py /nowhere", "/nowhere"), ("alpha.py /nowhere", "/nowhere"), ("alpha.py RUN --count 1", "must be 4"),
+    ("ablation.py --csv none.csv", "contains no rows"), ("ablation.py --csv none.csv --only alpha", "--only")])
+def test_invalid_input_is_one_line_and_status_2(start, command, words):
+    status, _, error = start(*command.split())
+    assert status == 2 and error.count("\n") == 1 and words in error, error
 
 
 def test_feedback_compares_four_windows_at_two_places(run, tmp_path, monkeypatch, capsys):
