@@ -101,10 +101,11 @@ def test_loader_prints_a_row_per_comparison(start, image_folder):
 @pytest.mark.parametrize("command,words", [
     ("step.py --image-size 33", "--image-size 33"), ("loader.py --data /nowhere", "/nowhere"),
     ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
-    ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the folders"),
+    ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the"),
     ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),
     ("feedback.py /nowhere", "/nowhere"), ("alpha.py /nowhere", "/nowhere"), ("alpha.py RUN --count 1", "must be 4"),
-    ("ablation.py --csv none.csv", "contains no rows"), ("ablation.py --csv none.csv --only alpha", "--only")])
+    ("ablation.py --csv none.csv", "contains no rows"), ("ablation.py --csv none.csv --only alpha", "--only"),
+    ("ablation.py --csv none.csv -- --image-size 33", "--image-size 33")])
 def test_invalid_input_is_one_line_and_status_2(start, command, words):
     status, _, error = start(*command.split())
     assert status == 2 and error.count("\n") == 1 and words in error, error
