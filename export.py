@@ -13,7 +13,6 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 # isort: split
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -76,18 +75,18 @@ def weights_only(saved: dict, about: str = "") -> dict:
     """Returns what a shared file holds of a checkpoint: averaged weights in half precision, and no private paths."""
     constants = {**saved["constants"], "RUNS_DIR": "runs",
                  "DATA": PureWindowsPath(saved["constants"]["DATA"]).name}      # splits at / and at \
-    weights = {"constants": constants,
-               "ema": {name: tensor.half() if tensor.is_floating_point() else tensor
-                       for name, tensor in saved["ema"].items()},
-               "counters": {name: saved["counters"][name] for name in ("step", "images_seen")},
-               "about": {"text": about} if about else saved.get("about", {})}
-    return {**weights, "axes": saved["axes"]} if saved.get("axes") else weights
+    return {"constants": constants,
+            "ema": {name: tensor.half() if tensor.is_floating_point() else tensor
+                    for name, tensor in saved["ema"].items()},
+            "counters": {name: saved["counters"][name] for name in ("step", "images_seen")},
+            "about": {"text": about} if about else saved.get("about", {}),
+            **({"axes": saved["axes"]} if saved.get("axes") else {})}
 
 
-def write_weights(file: Path, saved: dict, about: str) -> None:
+def write_weights(file: Path, saved: dict, generator: Generator, about: str) -> None:
     """Writes the weights file and prints a line about it."""
     weights = weights_only(saved, about)
-    (generator, c), (shared, _) = (model_definitions.from_checkpoint(state) for state in (saved, weights))
+    shared, c = model_definitions.from_checkpoint(weights)
     z = latent_space.draw_z(0, 0, 16, c.LATENT_DIM)
     difference = levels_apart(torch_images(generator, z), torch_images(shared, z))
     checkpoints.save_as(file, weights)
@@ -157,7 +156,7 @@ def copy_onnxruntime(ort: str | None, folder: Path) -> None:
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     packed = next(folder.glob("*.tgz"), None)
     if done.returncode or packed is None:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        reason, *_ = done.stderr.strip().splitlines() or ["no reason given"]
         raise InputError(f"npm pack {ORT_PACKAGE} failed ({reason}): try again, or give the package's folder dist with "
                          "--ort")
     with tarfile.open(packed) as package:
@@ -202,8 +201,7 @@ def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespa
 
 # ------------------------------------------------------------------------------------- command line
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the flags. Raises InputError for invalid combinations and missing packages."""
+def start(argv: Sequence[str] | None) -> None:
     parser = command_line.Parser("export.py", __doc__)
     parser.add_argument("run", help="a run's folder, or a single checkpoint or weights file")
     parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.onnx, or FILE.pt for the weights only")
@@ -213,36 +211,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--about", default="", metavar="TEXT",
                         help="text for the .pt file or the page, such as the data and its licence")
     arguments = parser.parse_args(argv)
-    if not arguments.out and not arguments.web:
+    out, web = arguments.out, arguments.web
+    if not out and not web:
         raise InputError("nothing to do: give --out FILE, --web DIR, or both")
-    if arguments.out and arguments.out.suffix not in (".onnx", ".pt"):
-        raise InputError(f"--out {arguments.out} is invalid: must end with .onnx or .pt")
-    if arguments.ort and not arguments.web:
+    if out and out.suffix not in (".onnx", ".pt"):
+        raise InputError(f"--out {out} is invalid: must end with .onnx or .pt")
+    if arguments.ort and not web:
         raise InputError(f"--ort {arguments.ort} is for a page: give --web DIR too")
-    if arguments.web or arguments.out.suffix == ".onnx":
-        for name in ONNX_PACKAGES:
-            if importlib.util.find_spec(name) is None:
-                raise InputError(f"ONNX needs the package {name}, which is not installed: pip install -r "
-                                 "requirements-extras.txt")
-    return arguments
-
-
-def start(argv: Sequence[str] | None) -> None:
-    arguments = parse(argv)
-    out = arguments.out
+    for name in ONNX_PACKAGES if web or out.suffix == ".onnx" else ():
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"ONNX needs the package {name}, which is not installed: pip install -r "
+                             "requirements-extras.txt")
     source, saved = checkpoints.find(arguments.run, warn=lambda line: print(line, file=sys.stderr))
+    generator, c = model_definitions.from_checkpoint(saved)
     if out and out.suffix == ".pt":
         if out.exists() and out.resolve().parent == source.resolve().parent:
             raise InputError(f"--out {out} exists beside the weights that are read: give another name")
-        write_weights(out, saved, arguments.about)
-    generator, c = model_definitions.from_checkpoint(saved)
-    if out and out.suffix == ".onnx":
+        write_weights(out, saved, generator, arguments.about)
+    elif out:
         model, words = checked_onnx(generator, c.LATENT_DIM)
         with checkpoints.atomic_write(out) as handle:
             handle.write(model)
         print(f"{out}: {megabytes(out)}, {words}")
-    if arguments.web:
-        write_page(arguments.web, saved, generator, c, arguments.ort, arguments.about)
+    if web:
+        write_page(web, saved, generator, c, arguments.ort, arguments.about)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

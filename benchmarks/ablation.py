@@ -20,11 +20,7 @@ Layers, all after the Sigmoid's x in [0, 1]:
     scalar       tanh(alpha * (2x - 1)) with one learned alpha (Dynamic Tanh, Zhu et al. 2025)
     transformer  TransformerParamTanh
     still        TransformerParamTanh on a video of one image repeated
-Tables may also contain layers that were measured and removed:
-    wide         2x - 1 behind a decoder of up to twice the width, so that a step takes as long as the Transformer's
-    bias         s is added to the decoder's logits, and alpha is ALPHA_INIT
-    detached     no gradient flows back through the video
-    inner        alpha acts before the decoder's last ConvTranspose2d; inner_fixed: the same place, alpha constant
+docs/layer.md describes those that were measured and removed; tables may contain them.
 """
 
 import copy
@@ -38,7 +34,6 @@ from pathlib import Path
 import numpy as np
 import tables
 import torch
-from step import now
 from torch import nn
 
 import command_line
@@ -128,19 +123,20 @@ def measure_times(arguments) -> None:
     """Writes the times file, measured on the first set. All layers take turns, with one state in memory at a time as in
     a training; the fastest turn counts, because other work on the machine can only add time."""
     c, device, image_set = prepare(arguments.data[0], arguments.flags)
-    times, warm_up = {name: [] for name in LAYERS}, 1 + (update.RecordedStep.WARM_UP if device.type == "cuda" else 0)
-    for _ in range(TURNS):
-        for name in LAYERS:
-            own = copy.copy(c)
-            state = new_state(name, own, device)
-            for number in range(warm_up + TIMED_STEPS):
-                if number == warm_up:
-                    start = now(device)
-                training_step.training_step(state, own, image_set)
-            times[name].append((now(device) - start) / TIMED_STEPS)
-    for name in LAYERS:
+    warm_up = 1 + (update.RecordedStep.WARM_UP if device.type == "cuda" else 0)
+    times = {name: math.inf for name in LAYERS}
+    for _, name in itertools.product(range(TURNS), LAYERS):
+        own = copy.copy(c)
+        state = new_state(name, own, device)
+        for _ in range(warm_up):
+            training_step.training_step(state, own, image_set)
+        start = tables.now()
+        for _ in range(TIMED_STEPS):
+            training_step.training_step(state, own, image_set)
+        times[name] = min(times[name], (tables.now() - start) / TIMED_STEPS)
+    for name, seconds in times.items():
         tables.append(times_file(arguments.csv), TIMES, {
-            "layer": name, "decoder_width": c.WIDTH, "seconds": round(min(times[name]), 5),
+            "layer": name, "decoder_width": c.WIDTH, "seconds": round(seconds, 5),
             "flags": " ".join(arguments.flags), "machine": machine(device)})
 
 
@@ -216,24 +212,26 @@ def steps_meanwhile(times: dict[str, float], layer: str, steps: int) -> float:
 
 # ------------------------------------------------------------------------------------- report
 
-def views(rows: list[dict], times: dict[str, float]) -> dict[str, list[dict]]:
-    """Returns {"steps": rows, "minutes": rows}, one row per training: after the steps at which all were scored, and
+def views(rows: list[dict], times: dict[str, float]) -> dict[tuple[str, str], list[dict]]:
+    """Returns {("steps" or "minutes", set): rows}, one row per training: after the steps at which all were scored, and
     after the minutes that the Transformer takes for these. Omits a view that the table does not contain, and trainings
     that were not scored near it."""
-    cells = {}
+    cells, found = {}, {}
     for row in rows:
         cells.setdefault((row["set"], row["layer"], row["seed"]), []).append(row)
-    common = set.intersection(*({row["steps"] for row in cell} for cell in cells.values())) if cells else ()
-    if not common:
+    steps = max(set.intersection(*({row["steps"] for row in cell} for cell in cells.values())), default=None)
+    if steps is None:
         return {}
-    steps = max(common)
-    found = {"steps": [at_steps(cell, steps) for cell in cells.values()]}
-    if all(layer in times for _, layer, _ in cells) and "transformer" in times:
-        meanwhile = {layer: steps_meanwhile(times, layer, steps) for layer in times}
-        rows = [at_steps(cell, meanwhile[layer]) for (_, layer, _), cell in cells.items()]
-        found["minutes"] = [row for row in rows if abs(row["steps"] / meanwhile[row["layer"]] - 1) < NEAR]
-    for row in (row for view in found.values() for row in view):
-        row["minutes"] = row["steps"] * times.get(row["layer"], float("nan")) / 60
+    for (set_name, _, _), cell in cells.items():
+        found.setdefault(("steps", set_name), []).append(at_steps(cell, steps))
+    if {"transformer", *(layer for _, layer, _ in cells)} <= times.keys():
+        for (set_name, layer, _), cell in cells.items():
+            meanwhile = steps_meanwhile(times, layer, steps)
+            row = at_steps(cell, meanwhile)
+            if abs(row["steps"] / meanwhile - 1) < NEAR:
+                found.setdefault(("minutes", set_name), []).append(row)
+    for row in itertools.chain(*found.values()):
+        row["minutes"] = row["steps"] * times.get(row["layer"], math.nan) / 60
     return found
 
 
@@ -246,69 +244,58 @@ def at_steps(cell: list[dict], steps: float) -> dict:
     return {**cell[0], **numbers, "steps": round(steps), "images": cell[0]["images"] * steps / scored[0]}
 
 
-def differences(rows: list[dict], set_name: str) -> dict[str, list[float]]:
-    """Returns {layer: its Frechet distances minus the Transformer's of the same seeds}; above 0 the layer is worse."""
-    numbers = {(row["layer"], row["seed"]): row["frechet"] for row in rows if row["set"] == set_name}
-    found = {name: [numbers[name, seed] - numbers["transformer", seed] for other, seed in numbers
-                    if other == name and ("transformer", seed) in numbers]
-             for name in ORDER if name != "transformer"}
+def differences(rows: list[dict]) -> dict[str, list[float]]:
+    """Returns {layer: Frechet distances of one set minus the Transformer's of the same seeds}; above 0 the layer is
+    worse."""
+    transformer = {row["seed"]: row["frechet"] for row in rows if row["layer"] == "transformer"}
+    found = {name: [row["frechet"] - transformer[row["seed"]] for row in rows
+                    if row["layer"] == name and row["seed"] in transformer] for name in ORDER if name != "transformer"}
     return {name: values for name, values in found.items() if values}
 
 
 def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def table(found: dict[str, list[dict]], timed_on: str) -> list[str]:
-    """Returns the lines of a Markdown table per view and set. timed_on: the machine of the times."""
-    lines = []
-    for view, rows in found.items():
-        for set_name in dict.fromkeys(row["set"] for row in rows):
-            chosen = [row for row in rows if row["set"] == set_name]
-            paired = differences(rows, set_name)
-            after = (f"{chosen[0]['steps']:,} steps" if view == "steps" else
-                     f"{statistics.median(row['minutes'] for row in chosen):.1f} minutes of {timed_on}")
-            lines += ["", f"{set_name}, after {after}:", "",
-                      "| layer | seeds | steps | images | minutes | Frechet distance | "
-                      "minus the Transformer's (spread) | KID x 1000 | reconstruction |",
-                      "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-            for name in ORDER:
-                cells = [row for row in chosen if row["layer"] == name]
-                if not cells:
-                    continue
-                mean = {column: statistics.mean(row[column] for row in cells)
-                        for column in ("steps", "minutes", *NUMBERS)}
-                difference = (f"{statistics.mean(paired[name]):+.1f} ({spread(paired[name]):.1f})" if name in paired
-                              else "")
-                lines.append(f"| {name} | {len(cells)} | {mean['steps']:,.0f} | {mean['images']:,.0f} | "
-                             f"{mean['minutes']:.1f} | {mean['frechet']:.1f} | {difference} | {mean['kid']:.0f} | "
-                             f"{mean['reconstruction']:.3f} |")
+def table(view: str, set_name: str, rows: list[dict], timed_on: str) -> list[str]:
+    """Returns the lines of a Markdown table of one view and set. timed_on: the machine of the times."""
+    after = (f"{rows[0]['steps']:,} steps" if view == "steps" else
+             f"{statistics.median(row['minutes'] for row in rows):.1f} minutes of {timed_on}")
+    lines = ["", f"{set_name}, after {after}:", "",
+             "| layer | seeds | steps | images | minutes | Frechet distance | minus the Transformer's (spread) | "
+             "KID x 1000 | reconstruction |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    paired = differences(rows)
+    for name in ORDER:
+        cells = [row for row in rows if row["layer"] == name]
+        if cells:
+            mean = {column: statistics.mean(row[column] for row in cells) for column in ("steps", "minutes", *NUMBERS)}
+            difference = f"{statistics.mean(paired[name]):+.1f} ({spread(paired[name]):.1f})" if name in paired else ""
+            lines.append(f"| {name} | {len(cells)} | {mean['steps']:,.0f} | {mean['images']:,.0f} | "
+                         f"{mean['minutes']:.1f} | {mean['frechet']:.1f} | {difference} | {mean['kid']:.0f} | "
+                         f"{mean['reconstruction']:.3f} |")
     return lines
 
 
-def sentence(found: dict[str, list[dict]]) -> str:
+def sentence(found: dict[tuple[str, str], list[dict]]) -> str:
     """Returns what the pairs say about the Transformer against a fixed alpha, its cheapest replacement."""
-    parts = []
-    for view, rows in found.items():
-        values = [value for set_name in dict.fromkeys(row["set"] for row in rows)
-                  for value in differences(rows, set_name).get("fixed", [])]
-        if values:
-            better, mean = sum(value > 0 for value in values), statistics.mean(values)
-            found_spread = f", spread {spread(values):.1f}" if len(values) > 1 else ""
-            parts.append(f"at equal {view} in {better} of {len(values)} pairs (the distance with a fixed alpha minus "
-                         f"the Transformer's is {mean:+.1f} on average{found_spread})")
+    values = {}
+    for (view, _), rows in found.items():
+        values.setdefault(view, []).extend(differences(rows).get("fixed", []))
+    parts = [f"at equal {view} in {sum(value > 0 for value in pairs)} of {len(pairs)} pairs (the distance with a fixed "
+             f"alpha minus the Transformer's is {statistics.mean(pairs):+.1f} on average"
+             + (f", spread {spread(pairs):.1f})" if len(pairs) > 1 else ")") for view, pairs in values.items() if pairs]
     return "TransformerParamTanh had the lower Frechet distance " + ", and ".join(parts) + "." if parts else ""
 
 
-def plot(found: dict[str, list[dict]], file: Path) -> None:
+def plot(found: dict[tuple[str, str], list[dict]], file: Path) -> None:
     """Draws a panel per set and view: the difference from the Transformer of every layer and seed, and the means."""
     from matplotlib.figure import Figure
 
-    sets = list(dict.fromkeys(row["set"] for rows in found.values() for row in rows))
+    names, sets = (list(dict.fromkeys(part)) for part in zip(*found))
     figure = Figure(figsize=(9, 2.7 * len(sets)), dpi=160, layout="constrained")
-    panels = figure.subplots(len(sets), len(found), squeeze=False, sharex=True)
-    for (set_name, (view, rows)), panel in zip(itertools.product(sets, found.items()), panels.flat):
-        paired = differences(rows, set_name)
+    panels = figure.subplots(len(sets), len(names), squeeze=False, sharex=True)
+    for (set_name, view), panel in zip(itertools.product(sets, names), panels.flat):
+        paired = differences(found.get((view, set_name), []))
         for place, values in enumerate(paired.values()):
             panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
             panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
@@ -325,8 +312,7 @@ def plot(found: dict[str, list[dict]], file: Path) -> None:
 
 # ------------------------------------------------------------------------------------- command line
 
-def parse(argv):
-    """Returns the flags. Raises InputError."""
+def start(argv) -> None:
     parser = command_line.Parser("ablation.py", __doc__)
     parser.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of images; none: only the report")
     parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table, read and appended to")
@@ -337,34 +323,24 @@ def parse(argv):
     parser.add_argument("--steps", type=positive(int), default=800, metavar="N",
                         help="of each training, at least [%(default)s]")
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N", help="images to score [%(default)s]")
-    arguments, flags = tables.parse(parser, argv)
-    arguments.flags = flags or DEFAULT_FLAGS
+    arguments = tables.parse(parser, argv)
+    arguments.flags = arguments.flags or DEFAULT_FLAGS
     tables.check_distinct_names(arguments.data)
     if arguments.data:
         evaluate.need_extractor(torch.device("cpu"))
-    return arguments
-
-
-def start(argv) -> None:
-    arguments = parse(argv)
-    if arguments.data:
         measure_all(arguments)
-    rows = read_table(arguments.csv)
+    rows, (times, timed_on) = read_table(arguments.csv), read_times(arguments.csv)
     if not rows:
         raise InputError(f"{arguments.csv}: contains no rows: give --data")
-    times, timed_on = read_times(arguments.csv)
     found = views(rows, times)
     if not found:
         raise InputError(f"{arguments.csv}: its trainings have no number of steps in common at which they were scored")
-    print("\n".join([sentence(found), *table(found, timed_on)]))
+    print(sentence(found))
+    for (view, set_name), chosen in found.items():
+        print("\n".join(table(view, set_name, chosen, timed_on)))
     if arguments.plot:
         plot(found, arguments.plot)
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 2 invalid input."""
-    return command_line.run_script("ablation.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("ablation.py", start, None))

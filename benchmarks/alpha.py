@@ -1,7 +1,7 @@
 """What alpha does in a trained model: what changes without it, and what it follows. No training.
 
-    python benchmarks/alpha.py runs/NAME                             # change in grey levels, correlations: a minute
-    python benchmarks/alpha.py runs/NAME --data DIR --sheet alpha.png       # Frechet distances too, and a picture
+    python benchmarks/alpha.py runs/NAME                  # change in grey levels, correlations: a minute
+    python benchmarks/alpha.py runs/NAME --data DIR       # Frechet distances too
 
 Interventions: alpha is replaced by its mean over the image, its mean over all images, another image's alpha, or
 ALPHA_INIT, while the decoder's output stays the same. Prints the change of an image (mean absolute difference, levels
@@ -15,13 +15,11 @@ another one. The difference tells alpha that follows the content from alpha that
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+import tables  # noqa: F401 (the project's root on sys.path)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import command_line
 import data
@@ -29,12 +27,10 @@ import evaluate
 import latent_space
 import metrics
 import model_definitions
-import pictures
 from command_line import InputError
 from model_definitions import Discriminator, Generator
 
 BATCH = 32
-SHOWN = 8                       # images on the sheet
 WINDOW = 7                      # side of the window for local contrast, pixels
 
 
@@ -88,7 +84,7 @@ def decode(generator: Generator, z: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat(found) for found in zip(*parts))
 
 
-# ------------------------------------------------------------------------------------- tables and sheet
+# ------------------------------------------------------------------------------------- tables
 
 def print_interventions(images: dict[str, Tensor], extractor, real: Tensor | None) -> None:
     """Compares each intervention's images (N, C, H, W) with the model's own; real: features of real images."""
@@ -112,27 +108,15 @@ def print_correlations(image: Tensor, alpha: Tensor, critic: Discriminator | Non
         print(f"| {name} | {own:.2f} | {another:.2f} |")
 
 
-def write_sheet(file: str, images: dict[str, Tensor], alpha: Tensor) -> None:
-    """Writes the first images of each intervention, one row each, and their alpha on a scale of its range."""
-    rows = [pictures.grid(data.to_arrays(image[:SHOWN]), columns=SHOWN) for image in images.values()]
-    shown = alpha[:SHOWN].mean(1).numpy()
-    low, high = float(shown.min()), float(shown.max())
-    rows.append(pictures.heat_maps(shown, low, high, columns=SHOWN, log=True))
-    pictures.save_picture(file, pictures.stack(rows, [*images, f"alpha, {low:.3g} to {high:.3g}"]))
-
-
 def start(argv: Sequence[str] | None) -> None:
     parser = command_line.Parser("alpha.py", __doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a checkpoint or weights file")
     parser.add_argument("--data", metavar="DIR", help="real images, for Frechet distances")
     parser.add_argument("--count", type=int, default=2048, metavar="N", help="images [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the images [%(default)s]")
-    parser.add_argument("--sheet", metavar="FILE", help="PNG or WebP of some images with each alpha")
     flags = parser.parse_args(argv)
     if flags.count < evaluate.LEAST:
         raise InputError(f"--count {flags.count} is invalid: must be {evaluate.LEAST} or more")
-    if flags.sheet and Path(flags.sheet).suffix.lower() not in (".png", ".webp"):
-        raise InputError(f"--sheet {flags.sheet} is invalid: must end with .png or .webp")
     device = command_line.choose_device("auto")
     generator, c, saved = model_definitions.load_generator(flags.run, device)
     extractor, real, critic = None, None, None
@@ -149,14 +133,7 @@ def start(argv: Sequence[str] | None) -> None:
           f"within an image {alpha.std((2, 3)).mean():.3f}, of the images' means {alpha.mean((1, 2, 3)).std():.3f}")
     print_interventions(images, extractor, real)
     print_correlations(images["its own"], alpha, critic)
-    if flags.sheet:
-        write_sheet(flags.sheet, images, alpha)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 1 another error (one line on stderr)."""
-    return command_line.run_script("alpha.py", start, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("alpha.py", start, None))

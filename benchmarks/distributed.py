@@ -14,12 +14,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 
 import tables
 import torch
-from step import now, random_images
+from step import random_images
+from tables import median_and_range, now, output_of
 
 import command_line
 import distributed
@@ -27,7 +27,7 @@ import run_state
 import training_step
 import update
 from command_line import positive
-from errors import InputError, RunError
+from errors import InputError
 
 WARM_UP = 2                      # steps that are not timed
 LINKS = (("8 GPUs of one machine, PCIe 4.0 x16 at 25 GB/s", 25e9),
@@ -48,18 +48,18 @@ def worker(steps: int, c) -> None:
         spent, average_gradients = [], distributed.average_gradients
 
         def timed(ranks, model):
-            begun = now(device)
+            begun = now()
             average_gradients(ranks, model)
-            spent.append((now(device) - begun, 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)))
+            spent.append((now() - begun, 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)))
 
         distributed.average_gradients = timed
         for number in range(WARM_UP + steps):
             if number == WARM_UP:
                 distributed.maximum(ranks, [0])                  # waits for all ranks
                 spent.clear()
-                begun = now(device)
+                begun = now()
             training_step.training_step(state, c, images)
-        seconds = now(device) - begun
+        seconds = now() - begun
         if ranks.is_first:
             communication, reduced = (sum(column) / steps for column in zip(*spent))
             print(json.dumps({"seconds": seconds / steps, "communication": communication, "reduced": reduced,
@@ -68,12 +68,9 @@ def worker(steps: int, c) -> None:
 
 def turn(processes: int, steps: int, flags: list[str]) -> dict:
     """Returns what rank 0 of so many processes printed. Raises RunError if they fail."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           str(processes), "--", __file__, "--worker", "--steps", str(steps), *flags],
-                          capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{processes} processes ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    printed = output_of(f"torchrun with {processes} processes", "-m", "torch.distributed.run", "--standalone",
+                        "--nproc-per-node", processes, "--", __file__, "--worker", "--steps", steps, *flags)
+    return json.loads(printed.strip().splitlines()[-1])
 
 
 def sent(reduced: float, processes: int) -> float:
@@ -90,7 +87,7 @@ def print_table(found: dict[str, list[dict]], processes: int) -> None:
         seconds, communication = (statistics.median(t[name] for t in turns) for name in ("seconds", "communication"))
         print(f"| {n}{'' if n == 1 else f', {kind} scaling'} | {turns[0]['batch']} | {seconds:.3f} | "
               f"{communication:.3f} s | {sent(turns[0]['reduced'], n) / 1e6:.1f} | "
-              f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+              f"{median_and_range(ratios)} |")
     print("\nEstimated, not measured: a ring all-reduce of the gradients without overlap or latency.")
     for name, speed in LINKS:
         seconds = sent(found["strong"][0]["reduced"], 8) / speed
@@ -103,8 +100,8 @@ def start(argv) -> None:
     parser.add_argument("--steps", type=positive(int), default=10, metavar="N", help="timed per turn [%(default)s]")
     parser.add_argument("--turns", type=positive(int), default=3, metavar="N", help="[%(default)s]")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments, flags = tables.parse(parser, argv)
-    flags = ["--image-size", "64", *flags]
+    arguments = tables.parse(parser, argv)
+    flags = ["--image-size", "64", *arguments.flags]
     c, _ = command_line.parse_constants(flags)
     if arguments.worker:
         return worker(arguments.steps, c)
@@ -122,10 +119,5 @@ def start(argv) -> None:
     print_table(found, n)
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 1 the processes failed, 2 invalid input."""
-    return command_line.run_script("distributed.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("distributed.py", start, None))

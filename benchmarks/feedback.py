@@ -12,13 +12,11 @@ errors, they would appear at frame 1,000 and not at frame 50.
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
+import tables  # noqa: F401 (the project's root on sys.path)
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import command_line
 import data
@@ -77,10 +75,5 @@ def start(argv: Sequence[str] | None) -> None:
                       f"{np.mean(motion.changes):.2f} | {np.mean(motion.flicker):.2f} |", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input, 1 another error (one line on stderr)."""
-    return command_line.run_script("feedback.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("feedback.py", start, None))

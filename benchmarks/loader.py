@@ -21,16 +21,14 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tables import now, seconds  # first: the project's root on sys.path
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import command_line
 import data
@@ -60,17 +58,10 @@ def write_images(folder, count, draw, suffix, distinct):
     folder = folder / "all"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for i in range(count):
-        if i < distinct:
-            Image.fromarray(draw(rng)).save(folder / f"{i}{suffix}", quality=90)
-        else:
-            shutil.copy(folder / f"{i % distinct}{suffix}", folder / f"{i}{suffix}")
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for i in range(min(count, distinct)):
+        Image.fromarray(draw(rng)).save(folder / f"{i}{suffix}", quality=90)
+    for i in range(distinct, count):
+        shutil.copy(folder / f"{i % distinct}{suffix}", folder / f"{i}{suffix}")
 
 
 def load(root, c, cache):
@@ -88,13 +79,12 @@ def baseline(root, c, count):
     transform = transforms.Compose([
         transforms.Resize(c.IMAGE_SIZE, transforms.InterpolationMode.BICUBIC, antialias=True),
         transforms.CenterCrop(c.IMAGE_SIZE), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
-    start = time.perf_counter()
+    begun = now()
     loader = DataLoader(datasets.ImageFolder(root, transform), c.BATCH_SIZE, shuffle=True, num_workers=c.NUM_WORKERS,
                         persistent_workers=c.NUM_WORKERS > 0)
     for _ in loader:
         pass
-    first = time.perf_counter() - start
-    return count / first, count / seconds(lambda: [None for _ in loader])
+    return count / (now() - begun), count / seconds(lambda: [None for _ in loader])
 
 
 def warm(image_set, c, flip):
@@ -169,9 +159,5 @@ def start(argv):
                 for _ in range(flags.repeats)])
 
 
-def main(argv=None) -> int:
-    return command_line.run_script("loader.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("loader.py", start, None))

@@ -15,7 +15,6 @@ continues with what is missing. OUT/SET_seed0.png shows real images, this projec
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tables
 import torch
+from tables import median_and_range, output_of
 
 import checkpoints
 import command_line
@@ -31,7 +31,7 @@ import evaluate
 import model_definitions
 import pictures
 from command_line import positive
-from errors import InputError, RunError
+from errors import InputError
 
 FOLDER = Path(__file__).resolve().parent
 SIZE = 64
@@ -40,20 +40,13 @@ COLUMNS = ("set", "side", "seed", "minutes", "steps", "images_seen", "frechet", 
 SHOWN = 36              # images of each kind in the picture
 
 
-def run(*command) -> str:
-    """Returns the output of a Python script. Raises RunError if it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{Path(command[0]).name} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
-    return done.stdout
-
-
 def train_project(folder: str, name: str, seed: int, arguments) -> tuple[torch.Tensor, int, int]:
     """Trains with training.py. Returns images, uint8 (N, 3, 64, 64), and the numbers of steps and of images seen."""
     runs = arguments.out / "runs"
     shutil.rmtree(runs / f"{name}_seed{seed}", ignore_errors=True)            # of an interrupted training
-    run(FOLDER.parent / "training.py", "--data", folder, "--image-size", SIZE, "--minutes", arguments.minutes,
-        "--steps", 10**9, "--seed", seed, "--runs-dir", runs, "--run", f"{name}_seed{seed}", *arguments.flags)
+    output_of("training.py", FOLDER.parent / "training.py", "--data", folder, "--image-size", SIZE,
+              "--minutes", arguments.minutes, "--steps", 10**9, "--seed", seed, "--runs-dir", runs,
+              "--run", f"{name}_seed{seed}", *arguments.flags)
     _, saved = checkpoints.find(runs / f"{name}_seed{seed}")
     generator, c = model_definitions.from_checkpoint(saved)
     made = evaluate.generate(generator, c.LATENT_DIM, arguments.count, seed)
@@ -63,8 +56,8 @@ def train_project(folder: str, name: str, seed: int, arguments) -> tuple[torch.T
 def train_dcgan(folder: str, name: str, seed: int, arguments) -> tuple[torch.Tensor, int, int]:
     """The same for benchmarks/peers/dcgan.py."""
     file = arguments.out / f"{name}_dcgan_seed{seed}.npy"
-    printed = run(FOLDER / "peers" / "dcgan.py", "--data", folder, "--minutes", arguments.minutes, "--seed", seed,
-                  "--count", arguments.count, "--out", file, "--runs-dir", arguments.out / "runs")
+    printed = output_of("dcgan.py", FOLDER / "peers" / "dcgan.py", "--data", folder, "--minutes", arguments.minutes,
+                        "--seed", seed, "--count", arguments.count, "--out", file, "--runs-dir", arguments.out / "runs")
     counts = json.loads(printed.strip().splitlines()[-1])
     return torch.from_numpy(np.load(file)), counts["steps"], counts["images_seen"]
 
@@ -117,15 +110,14 @@ def table(rows: list[dict]) -> list[str]:
         frechet = {}
         for side in SIDES:
             cells = [row for row in rows if (row["set"], row["side"]) == (name, side)]
-            if not cells:
-                continue
-            median = {key: statistics.median(float(cell[key]) for cell in cells) for key in COLUMNS[4:]}
-            frechet[side] = values = {cell["seed"]: float(cell["frechet"]) for cell in cells}
-            lines.append(f"| {name} | {side} | {len(cells)} | {median['steps']:,.0f} | {median['images_seen']:,.0f} | "
-                         f"{median['frechet']:.1f} ({min(values.values()):.1f} to {max(values.values()):.1f}) | "
-                         f"{median['kid']:.1f} | {median['precision']:.2f} | {median['recall']:.2f} | "
-                         f"{median['sliced_wasserstein']:.1f} |")
-        ours, theirs = (frechet.get(side, {}) for side in SIDES)
+            frechet[side] = {cell["seed"]: float(cell["frechet"]) for cell in cells}
+            if cells:
+                median = {key: statistics.median(float(cell[key]) for cell in cells) for key in COLUMNS[4:]}
+                lines.append(f"| {name} | {side} | {len(cells)} | {median['steps']:,.0f} | "
+                             f"{median['images_seen']:,.0f} | {median_and_range(frechet[side].values(), 1)} | "
+                             f"{median['kid']:.1f} | {median['precision']:.2f} | {median['recall']:.2f} | "
+                             f"{median['sliced_wasserstein']:.1f} |")
+        ours, theirs = frechet.values()
         if paired := [ours[seed] / theirs[seed] for seed in ours if seed in theirs]:
             ratios.append(f"{name}: Frechet distance {statistics.median(paired):.2f} of DCGAN's, median of "
                           f"{len(paired)} seeds ({min(paired):.2f} to {max(paired):.2f})")
@@ -141,8 +133,7 @@ def start(argv) -> None:
                         help="trainings of each side [%(default)s]")
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N", help="images to score [%(default)s]")
     parser.add_argument("--out", type=Path, default=Path("quality"), metavar="DIR", help="[%(default)s]")
-    arguments, flags = tables.parse(parser, argv)
-    arguments.flags = flags
+    arguments = tables.parse(parser, argv)
     if arguments.count < SHOWN:
         raise InputError(f"--count {arguments.count} is invalid: must be {SHOWN} or more")
     tables.check_distinct_names(arguments.data)
@@ -156,10 +147,5 @@ def start(argv) -> None:
     print("\n".join(table(read_results(arguments))))
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 1 a training failed, 2 invalid input."""
-    return command_line.run_script("quality.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("quality.py", start, None))

@@ -139,10 +139,5 @@ def start(argv) -> None:
     print("checkpoint and log are equal to those of the uninterrupted run")
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 equal, 1 not equal or a failed start, 2 invalid input."""
-    return command_line.run_script("soak.py", start, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("soak.py", start, None))

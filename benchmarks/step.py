@@ -1,7 +1,7 @@
 """Speed of one training step, beside a textbook version of the same mathematics and the machine's peak.
 
-    python benchmarks/step.py --batch-size 16                  # a batch of (16, 3, 128, 128)
-    python benchmarks/step.py --image-size 64 --profile        # any constant of config.py; the ten costliest operators
+    python benchmarks/step.py --batch-size 16                       # a batch of (16, 3, 128, 128)
+    python benchmarks/step.py --image-size 64 --repeats 4           # any constant of config.py
 
 First checks that both versions compute the same losses. Then both make STEPS_PER_TURN steps in turns, in one process;
 the textbook version uses glibc's default memory settings (update.keep_freed_memory). Prints the medians and the range
@@ -12,7 +12,6 @@ nothing is read or written.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +19,7 @@ import tables
 import textbook
 import torch
 import torch.nn.functional as F
+from tables import median_and_range, seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -74,28 +74,14 @@ def random_images(c, count: int = 256) -> data.ImageSet:
     return data.ImageSet(pixels, [str(i) for i in range(count)], np.arange(count), np.arange(0), [])
 
 
-def now(device: torch.device) -> float:
-    """Returns the time in seconds, after the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(function: Callable, device: torch.device) -> float:
-    """Returns the wall-clock time of one call, the device's work included."""
-    start = now(device)
-    function()
-    return now(device) - start
-
-
 def machine_peak(device: torch.device) -> tuple[float, float]:
     """Returns the FLOP/s of a matrix product and of a convolution in float32."""
     a = torch.randn(2048, 2048, device=device)
     x = torch.randn(16, 128, 32, 32, device=device).to(memory_format=torch.channels_last)
     kernel = torch.randn(128, 128, 3, 3, device=device).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        return (2 * 2048 ** 3 / seconds(lambda: a @ a, device),
-                2 * 16 * 128 * 128 * 9 * 32 ** 2 / seconds(lambda: F.conv2d(x, kernel, padding=1), device))
+        return (2 * 2048 ** 3 / seconds(lambda: a @ a),
+                2 * 16 * 128 * 128 * 9 * 32 ** 2 / seconds(lambda: F.conv2d(x, kernel, padding=1)))
 
 
 def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
@@ -165,18 +151,15 @@ def compare(state, book, c, image_set, repeats: int) -> float:
     def turn(step, which):
         update.keep_freed_memory(which is state)
         step(which, c, image_set)                                # settles memory and caches
-        return seconds(lambda: [step(which, c, image_set) for _ in range(STEPS_PER_TURN)],
-                       state.device) / STEPS_PER_TURN
+        return seconds(lambda: [step(which, c, image_set) for _ in range(STEPS_PER_TURN)]) / STEPS_PER_TURN
 
     rounds = [(turn(training_step.training_step, state), turn(textbook.training_step, book),
                *machine_peak(state.device)) for _ in range(repeats + 1)][1:]                 # the first one warms up
     ours, theirs, products, convolutions = zip(*rounds)
     for name, values in (("this project", ours), ("textbook", theirs)):
-        median = statistics.median(values)
-        print(f"{name:14}{median:8.3f} s per step ({min(values):.3f} to {max(values):.3f})"
-              f"{c.BATCH_SIZE / median:8.1f} images/s")
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    print(f"{'ratio':14}{statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{name:14}{median_and_range(values, 3)} s per step, "
+              f"{c.BATCH_SIZE / statistics.median(values):.1f} images/s")
+    print(f"{'ratio':14}{median_and_range([b / a for a, b in zip(ours, theirs)])}")
     product, convolution = statistics.median(products), statistics.median(convolutions)
     print(f"machine: matrix product {product / 1e9:.0f}, convolution {convolution / 1e9:.0f} GFLOP/s, float32, "
           f"{torch.get_num_threads()} threads")
@@ -187,8 +170,8 @@ def print_parts(state, c, image_set, peak: float, rounds: int) -> None:
     """Times whole steps and each part in the same rounds, so that a change of the machine's speed affects all."""
     found, times = parts(state, c, image_set), []
     for _ in range(rounds + 1):
-        times.append([seconds(lambda: training_step.training_step(state, c, image_set), state.device),
-                      *(calls * seconds(function, state.device) for function, calls in found.values())])
+        times.append([seconds(lambda: training_step.training_step(state, c, image_set)),
+                      *(calls * seconds(function) for function, calls in found.values())])
     step_seconds, *durations = (statistics.median(column) for column in zip(*times[1:]))
     counts = [calls * multiply_adds(function) for function, calls in found.values()]
     print(f"{'part':36}{'multiply-adds':>15}{'seconds':>10}{'of the step':>13}{'of the peak':>13}")
@@ -198,22 +181,13 @@ def print_parts(state, c, image_set, peak: float, rounds: int) -> None:
     print(f"the layer takes {layer / step_seconds:.0%} of a step")
 
 
-def print_profile(state, c, image_set) -> None:
-    """Prints the ten operators with the largest share of a step's time."""
-    with torch.profiler.profile() as profile:
-        training_step.training_step(state, c, image_set)
-    kind = "cuda" if state.device.type == "cuda" else "cpu"
-    print(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=10, max_name_column_width=60))
-
-
 # ------------------------------------------------------------------------------------- command line
 
 def start(argv) -> None:
     parser = command_line.Parser("step.py", __doc__)
     parser.add_argument("--repeats", type=positive(int), default=8, metavar="N", help="timed turns [%(default)s]")
-    parser.add_argument("--profile", action="store_true", help="print the ten costliest operators")
-    arguments, flags = tables.parse(parser, argv)
-    c, _ = command_line.parse_constants(flags)
+    arguments = tables.parse(parser, argv)
+    c, _ = command_line.parse_constants(arguments.flags)
     device = command_line.choose_device(c.DEVICE)
     update.set_up(device, c)
     state, image_set = run_state.new_state(c, device), random_images(c)
@@ -225,14 +199,7 @@ def start(argv) -> None:
     peak = compare(state, book, c, image_set, arguments.repeats)
     update.set_up(device, c)
     print_parts(state, c, image_set, peak, arguments.repeats)
-    if arguments.profile:
-        print_profile(state, c, image_set)
-
-
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 1 the losses differ, 2 invalid input."""
-    return command_line.run_script("step.py", start, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("step.py", start, None))

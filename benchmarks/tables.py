@@ -1,27 +1,59 @@
-"""What the benchmarks share: the repository's root on sys.path, flags of training.py, and CSV tables of results.
+"""What the benchmarks share: the repository's root on sys.path, flags, child processes, times, and CSV tables.
 
 A benchmark imports this file before the project's own, which lie in the root.
 """
 
 import argparse
 import csv
+import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import command_line
-from errors import InputError
+from errors import InputError, RunError
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the parser's own flags, and the remaining ones: constants of config.py, of which `--` may mark the start.
-    Raises InputError for an invalid flag."""
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parser's own flags; `flags` are the remaining words: constants of config.py, of which `--` may mark
+    the start. Raises InputError for an invalid flag."""
     words = sys.argv[1:] if argv is None else argv
     arguments, flags = parser.parse_known_args([word for word in words if word != "--"])
     command_line.parse_constants(flags, parser.prog)
-    return arguments, flags
+    return argparse.Namespace(**vars(arguments), flags=flags)
+
+
+def output_of(name: str, *command) -> str:
+    """Returns what Python prints with these arguments. Raises RunError, which calls it `name`, if it fails."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{name} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def now() -> float:
+    """Returns the time in seconds, after a GPU in use has finished its work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(function: Callable) -> float:
+    """Returns the wall-clock time of one call, a GPU's work included."""
+    start = now()
+    function()
+    return now() - start
+
+
+def median_and_range(values: Sequence[float], digits: int = 2) -> str:
+    """Returns "1.88 (0.55 to 2.52)"."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def append(file: Path, columns: Sequence[str], row: dict) -> None:

@@ -17,6 +17,7 @@ import command_line
 import data
 import evaluate
 import training_step
+from errors import InputError
 
 CPU = torch.device("cpu")
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -78,10 +79,10 @@ def test_differences_are_paired_by_seed_at_equal_steps_and_at_equal_minutes(tmp_
     assert ablation.read_table(tmp_path / "t.csv") == rows
 
     found = ablation.views(rows, ablation.read_times(tmp_path / "t.csv")[0])
-    assert {r["steps"] for r in found["steps"]} == {10}
-    assert ablation.differences(found["steps"], "set") == {"wide": [-99], "fixed": [10, -4]}
-    assert ablation.differences(found["minutes"], "set") == {"fixed": [pytest.approx(-10), pytest.approx(-54)]}
-    assert ablation.main(["--csv", str(tmp_path / "t.csv")]) == 0
+    assert {r["steps"] for r in found["steps", "set"]} == {10}
+    assert ablation.differences(found["steps", "set"]) == {"wide": [-99], "fixed": [10, -4]}
+    assert ablation.differences(found["minutes", "set"]) == {"fixed": [pytest.approx(-10), pytest.approx(-54)]}
+    ablation.start(["--csv", str(tmp_path / "t.csv")])
     out = capsys.readouterr().out
     assert "at equal steps in 1 of 2 pairs (the distance with a fixed alpha minus the Transformer's is +3.0" in out
     assert "at equal minutes in 0 of 2 pairs" in out and "set, after 2.0 minutes of M:" in out
@@ -96,30 +97,23 @@ def test_between_two_scores_lies_a_line_over_the_logarithm_and_outside_the_neare
 
 
 def test_the_committed_tables_give_the_documented_sentence_and_a_plot(tmp_path, capsys):
-    assert ablation.main(["--csv", str(DOCS / "ablation.csv"), "--plot", str(tmp_path / "t.png")]) == 0
+    ablation.start(["--csv", str(DOCS / "ablation.csv"), "--plot", str(tmp_path / "t.png")])
     out = capsys.readouterr().out
     assert "at equal steps in 3 of 6 pairs" in out and "at equal minutes in 0 of 6 pairs" in out
     assert "| wide | 3 | 2,000 | 16,000 | 12.3 | 172.7 | -27.5 (6.3) | 437 | 0.074 |" in out
     assert (tmp_path / "t.png").stat().st_size > 1000
-    assert ablation.main(["--csv", str(DOCS / "ablation_variations.csv")]) == 0
+    ablation.start(["--csv", str(DOCS / "ablation_variations.csv")])
     assert "| inner_fixed | 2 |" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------- command line
-
-@pytest.mark.parametrize("flags,words", [
-    ("--csv {tmp}/none.csv", "contains no rows"), ("--csv {tmp}/other.csv", "not a table of this script"),
-    ("--csv {tmp}/t.csv --only alpha", "--only"), ("--csv {tmp}/t.csv --data a/set b/set", "names of the folders"),
-    ("--csv {tmp}/t.csv --steps -1", "must be above 0"), ("--csv {tmp}/t.csv -- --image-size 33", "33")])
-def test_invalid_input_is_one_line_and_status_2(tmp_path, capsys, flags, words):
+def test_another_table_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert ablation.main(flags.format(tmp=tmp_path).split()) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error, error
+    with pytest.raises(InputError, match="not a table of this script"):
+        ablation.start(["--csv", str(tmp_path / "other.csv")])
 
 
 @pytest.mark.slow
-def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, capsys, monkeypatch):
+def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TURNS", 1)
     if evaluate.find_extractor(CPU) is None:
         pytest.skip("needs the weights of requirements-weights.txt")
@@ -127,15 +121,14 @@ def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, c
     flags = ["--data", str(image_folder(40, name="set")), "--csv", str(table), "--seeds", "1", "--steps", "2",
              "--count", "36"]
     more = [*SMALL[2:], "--image-size", "32", "--runs-dir", str(tmp_path / "runs")]
-    assert ablation.main([*flags, "--only", "fixed", *more]) == 0
+    ablation.start([*flags, "--only", "fixed", *more])
     first = table.read_text()
-    assert ablation.main([*flags, "--only", "fixed", "transformer", *more]) == 0
+    ablation.start([*flags, "--only", "fixed", "transformer", *more])
     assert table.read_text().startswith(first)
     rows, (times, machine) = ablation.read_table(table), ablation.read_times(table)
     assert list(times) == list(ablation.LAYERS) and machine == rows[0]["machine"]
     further = math.ceil(2 * times["transformer"] / times["fixed"])
     assert {(r["layer"], r["steps"]) for r in rows} == {("fixed", 2), ("fixed", further), ("transformer", 2)}
     assert all(r["images"] == r["steps"] * 4 for r in rows)
-    capsys.readouterr()
-    assert ablation.main([*flags, "--width", "8"]) == 2
-    assert "was made with" in capsys.readouterr().err
+    with pytest.raises(InputError, match="was made with"):
+        ablation.start([*flags, "--width", "8"])

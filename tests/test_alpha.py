@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from conftest import SMALL
 
@@ -59,20 +58,11 @@ def test_the_critics_gradient_is_each_images_own():
     torch.testing.assert_close(alpha.critic_gradient(critic, image)[0], gradient[0].square().sum(0).sqrt())
 
 
-def test_a_checkpoint_gives_both_tables_and_a_sheet(tmp_path, capsys):
+def test_a_checkpoint_gives_both_tables(tmp_path, capsys):
     c, _ = command_line.parse_constants(SMALL)
     generator, critic = model_definitions.build(c)
     checkpoints.save_as(tmp_path / "a.pt", {"constants": vars(c), "counters": {"step": 0},
                                             "ema": generator.state_dict(), "critic": critic.state_dict()})
-    assert alpha.main([str(tmp_path / "a.pt"), "--count", "8", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    alpha.start([str(tmp_path / "a.pt"), "--count", "8"])
     out = capsys.readouterr().out
     assert "| its own | 0.000 | 0.000 |" in out and "| the critic's gradient |" in out
-    assert (tmp_path / "sheet.png").is_file()
-
-
-@pytest.mark.parametrize("flags,words", [
-    (["nowhere"], "nowhere"), (["RUN", "--count", "1"], "must be 4 or more"), (["RUN", "--sheet", "a.gif"], "a.gif")])
-def test_bad_input_is_one_line_and_status_2(flags, words, capsys):
-    assert alpha.main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error

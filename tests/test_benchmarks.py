@@ -11,6 +11,7 @@ from conftest import SMALL
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import feedback
 import step
 
 import command_line
@@ -18,20 +19,19 @@ import evaluate
 import losses
 import model_definitions
 import run_state
-import training
 import training_step
 
 
 @pytest.fixture
-def run(capsys):
-    """run(script, *flags) calls a benchmark's main(); returns the exit status, standard output and error."""
+def start(capsys):
+    """start(script, *flags) runs a benchmark; returns the exit status, standard output and error."""
     def call(script, *flags):
         file = Path(step.__file__).parent / script
         spec = importlib.util.spec_from_file_location(f"benchmark_{file.stem}", file)   # distributed.py exists twice
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         capsys.readouterr()
-        return module.main(list(flags)), *capsys.readouterr()
+        return command_line.run_script(script, module.start, flags), *capsys.readouterr()
     return call
 
 
@@ -74,85 +74,86 @@ def test_the_parts_of_a_step_count_what_a_whole_step_counts():
 
 # ------------------------------------------------------------------------------------- scripts
 
-def test_step_compares_losses_and_prints_ratio_and_parts(run):
-    status, out, error = run("step.py", "--repeats", "1", *SMALL)
+def test_step_compares_losses_and_prints_ratio_and_parts(start):
+    status, out, error = start("step.py", "--repeats", "1", *SMALL)
     assert status == 0, error
     for words in ("same losses: critic_loss", "ratio", "GFLOP/s", "critic scores", "the layer takes"):
         assert words in out
 
 
-def test_step_fails_if_the_losses_differ(run, monkeypatch):
+def test_step_fails_if_the_losses_differ(start, monkeypatch):
     real = losses.kl_divergence
     monkeypatch.setattr(losses, "kl_divergence", lambda mu, logvar: 1.01 * real(mu, logvar))
-    status, _, error = run("step.py", "--repeats", "1", *SMALL)
+    status, _, error = start("step.py", "--repeats", "1", *SMALL)
     assert status == 1 and "step.py: the losses differ: kl is " in error
 
 
-def test_loader_prints_a_row_per_comparison(run, image_folder):
+def test_loader_prints_a_row_per_comparison(start, image_folder):
     image_folder(8, name="set/one")
     folder = os.path.dirname(image_folder(8, name="set/two", seed=1))
-    status, out, error = run("loader.py", "--data", folder, "--image-size", "32", "--repeats", "1", "--large", "1",
+    status, out, error = start("loader.py", "--data", folder, "--image-size", "32", "--repeats", "1", "--large", "1",
                              "--workers", "0")
     assert status == 0, error
     for words in ("first pass, DIR", "first pass, photos", "warm batches", "warm over a step"):
         assert words in out
 
 
-@pytest.mark.parametrize("script,flags", [
-    ("step.py", "--image-size 33"), ("loader.py", "--data /nowhere"), ("quality.py", "--data a/set b/set"),
-    ("distributed.py", "--processes 1"), ("soak.py", "--kills 0"), ("peers/dcgan.py", "--data /nowhere")])
-def test_invalid_input_is_one_line_and_status_2(run, script, flags):
-    status, _, error = run(script, *flags.split())
-    assert status == 2 and len(error.strip().splitlines()) == 1 and Path(script).name in error, error
+@pytest.mark.parametrize("command,words", [
+    ("step.py --image-size 33", "--image-size 33"), ("loader.py --data /nowhere", "/nowhere"),
+    ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
+    ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the"),
+    ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),
+    ("feedback.py /nowhere", "/nowhere"), ("alpha.py /nowhere", "/nowhere"), ("alpha.py RUN --count 1", "must be 4"),
+    ("ablation.py --csv none.csv", "contains no rows"), ("ablation.py --csv none.csv --only alpha", "--only"),
+    ("ablation.py --csv none.csv -- --image-size 33", "--image-size 33")])
+def test_invalid_input_is_one_line_and_status_2(start, command, words):
+    status, _, error = start(*command.split())
+    assert status == 2 and error.count("\n") == 1 and words in error, error
 
 
-def test_feedback_compares_four_windows_at_two_places(image_folder, tmp_path, monkeypatch, capsys):
-    import feedback
-
+def test_feedback_compares_four_windows_at_two_places(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feedback, "PLACES", (12, 30))
     monkeypatch.setattr(feedback, "REACH", 4)
-    assert training.main(["--data", str(image_folder(8)), "--runs-dir", str(tmp_path / "runs"), "--steps", "1",
-                          *SMALL]) == 0
+    assert run("--steps", "1") == 0
     capsys.readouterr()
-    assert feedback.main([str(tmp_path / "runs" / "photos")]) == 0
+    feedback.start([str(tmp_path / "runs" / "photos")])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[1].strip(), row[2].strip(), row[3].strip()) for row in rows] == [
         (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen", "fixed")
         for place in ("12", "30")]
     assert all(float(row[5]) > 0 for row in rows)
-    assert feedback.main([str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.slow
-def test_distributed_prints_an_efficiency_per_kind_of_scaling(run):
+def test_distributed_prints_an_efficiency_per_kind_of_scaling(start):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores")
-    status, out, error = run("distributed.py", "--steps", "1", "--turns", "1", *SMALL[:-6])
+    status, out, error = start("distributed.py", "--steps", "1", "--turns", "1", *SMALL[:-6])
     assert status == 0, error
     assert "| 2, strong scaling | 4 |" in out and "| 2, weak scaling | 8 |" in out and "Ethernet" in out
 
 
 @pytest.mark.slow
-def test_soak_ends_like_the_uninterrupted_run(run):
-    status, out, error = run("soak.py", "--kills", "2", "--steps", "60")
+def test_soak_ends_like_the_uninterrupted_run(start):
+    status, out, error = start("soak.py", "--kills", "2", "--steps", "60")
     assert status == 0, error
     assert "2 kills" in out and "equal to those of the uninterrupted run" in out
 
 
 @pytest.mark.slow
-def test_quality_trains_both_sides_scores_them_and_continues_from_its_results(run, image_folder, tmp_path):
+def test_quality_trains_both_sides_scores_them_and_continues_from_its_results(start, image_folder, tmp_path):
     images = image_folder(40, name="set")
     flags = ("--data", str(images), "--minutes", "0.02", "--count", "36", "--out", str(tmp_path / "out"), "--",
              *SMALL[2:], "--patch", "16")
-    status, out, error = run("quality.py", *flags)
+    status, out, error = start("quality.py", *flags)
     if evaluate.find_extractor("cpu") is None:
         assert status == 2 and "requirements-weights.txt" in error
         return
     assert status == 0, error
     assert "set, seed 0: DCGAN" in out and "of DCGAN's, median of 1 seeds" in out
     assert (tmp_path / "out" / "set_seed0.png").is_file()
-    status, again, error = run("quality.py", *flags)
+    status, again, error = start("quality.py", *flags)
     assert status == 0 and "seed 0:" not in again, error
     assert again.splitlines()[-5:] == out.splitlines()[-5:]
-    status, _, error = run("quality.py", *flags[:3], "1", *flags[4:])
+    status, _, error = start("quality.py", *flags[:3], "1", *flags[4:])
     assert status == 2 and "holds trainings of 0.02 minutes" in error

@@ -21,13 +21,13 @@ def times_in(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*/*.jpg")}
 
 
-def stop_after(count, monkeypatch, error=RuntimeError):
+def stop_after(count, monkeypatch):
     """Makes drawing fail after `count` images; returns the list of the numbers drawn."""
     drawn = []
 
     def draw_or_stop(index, size, seed):
         if len(drawn) == count:
-            raise error("stopped by the test")
+            raise RuntimeError("stopped by the test")
         drawn.append(index)
         return draw(index, size, seed)
 
@@ -88,19 +88,13 @@ def test_the_set_loads_with_image_folder_and_contains_what_draw_returns(tmp_path
         assert np.abs(np.asarray(Image.open(path), np.float32) - draw(index, 32, 5)).mean() < 4
 
 
-def test_a_set_is_drawn_once(tmp_path, monkeypatch):
-    make(tmp_path / "set", count=30, size=16)
-    before, drawn = times_in(tmp_path / "set"), stop_after(0, monkeypatch)
-    assert make(tmp_path / "set", count=30, size=16) == tmp_path / "set"
-    assert drawn == [] and times_in(tmp_path / "set") == before
-
-
-def test_an_older_versions_set_is_not_drawn_again(tmp_path, monkeypatch):
-    folder = make(tmp_path / "set", count=3, size=16)
+def test_a_set_is_drawn_once_also_if_an_older_versions_marker_holds_more(tmp_path, monkeypatch):
+    folder = make(tmp_path / "set", count=30, size=16)
     marker = folder / "demo_set.json"
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": True}))
+    before = times_in(folder)
     stop_after(0, monkeypatch)
-    make(folder, count=3, size=16)
+    assert make(folder, count=30, size=16) == folder and times_in(folder) == before
 
 
 def test_an_interrupted_drawing_continues(tmp_path, monkeypatch):
@@ -140,20 +134,21 @@ def test_a_second_process_waits_for_the_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"count": 12}, {"size": 24}, {"seed": 1}])
-def test_other_values_replace_the_set(tmp_path, change):
-    make(tmp_path / "set", count=20, size=16)
-    values = {"count": 20, "size": 16, "seed": 0} | change
-    assert images_in(make(tmp_path / "set", **values)) == images_in(make(tmp_path / "fresh", **values))
+def test_other_values_replace_the_set_and_no_hidden_file(tmp_path, change):
+    folder, values = tmp_path / "set", {"count": 20, "size": 16, "seed": 0}
+    folder.mkdir()
+    (folder / ".keep").write_text("")
+    make(folder, **values)
+    assert images_in(make(folder, **values | change)) == images_in(make(tmp_path / "fresh", **values | change))
+    assert (folder / ".keep").exists()
 
 
-def test_a_lost_image_and_a_damaged_marker_are_repaired(tmp_path):
-    folder = make(tmp_path / "set", count=20, size=16)
-    before = images_in(folder)
-    next(folder.glob("*/owl_000003.jpg")).unlink()
-    assert images_in(make(folder, count=20, size=16)) == before
-    for damage in ("{", "[]", "7", ""):
-        (folder / "demo_set.json").write_text(damage)
-        assert images_in(make(folder, count=20, size=16)) == before
+@pytest.mark.parametrize("damage", ["{", "[]", "7", ""])
+def test_a_damaged_marker_is_repaired(tmp_path, damage):
+    folder = make(tmp_path / "set", count=5, size=16)
+    before, marker = images_in(folder), (folder / "demo_set.json").read_text()
+    (folder / "demo_set.json").write_text(damage)
+    assert images_in(make(folder, count=5, size=16)) == before and (folder / "demo_set.json").read_text() == marker
 
 
 # ------------------------------------------------------------------------------------- bad input and command line
@@ -161,23 +156,13 @@ def test_a_lost_image_and_a_damaged_marker_are_repaired(tmp_path):
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path, capsys):
     (tmp_path / "holiday.jpg").write_bytes(b"mine")
     assert demo_images.main([str(tmp_path), "--count", "2"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and f"{tmp_path}: contains other files" in message
+    assert f"{tmp_path}: contains other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_hidden_files_stay(tmp_path):
-    (tmp_path / ".keep").write_text("")
-    make(tmp_path, count=2, size=16)
-    make(tmp_path, count=2, size=24)
-    assert (tmp_path / ".keep").exists()
-
-
 @pytest.mark.parametrize("flags, words", [
-    (["set", "--count", "0"], "--count 0 is invalid"), (["set", "--size", "8"], "--size 8 is invalid"),
-    (["set", "--size", "5000"], "16 to 1024"), (["set", "--seed", "-1"], "--seed -1 is invalid"),
-    (["set", "--count", "many"], "--count"), (["set", "--contact-sheet", "sheet.txt"], "--contact-sheet sheet.txt"),
-    (["file"], "file"), (["file/set"], "file")])
+    (["set", "--count", "0"], "--count 0 is invalid"), (["set", "--size", "5000"], "16 to 1024"),
+    (["set", "--seed", "-1"], "--seed -1 is invalid"), (["file/set"], "file")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, flags, words, capsys):
     (tmp_path / "file").write_text("")
     assert demo_images.main([str(tmp_path / flags[0]), *flags[1:]]) == 2
@@ -185,18 +170,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, flags, words, capsys):
     assert message.count("\n") == 1 and words in message and not (tmp_path / "set").exists()
 
 
-def test_the_command_draws_the_set_and_a_contact_sheet(tmp_path, capsys):
-    sheet = tmp_path / "sheet.png"
-    flags = ["--count", "3", "--size", "16", "--contact-sheet", str(sheet)]
-    assert demo_images.main([str(tmp_path / "set"), *flags]) == 0
+def test_the_command_draws_the_set(tmp_path, capsys):
+    assert demo_images.main([str(tmp_path / "set"), "--count", "3", "--size", "16"]) == 0
     assert len(images_in(tmp_path / "set")) == 3 and "3 images" in capsys.readouterr().out
-    image = np.asarray(Image.open(sheet), np.float32)
-    assert image.shape == (8 * 68 + 4, 8 * 68 + 4, 3)
-    last = np.asarray(Image.fromarray(draw(63, 128)).resize((64, 64), Image.Resampling.BOX), np.float32)
-    assert np.abs(image[-68:-4, -68:-4] - last).mean() < 5
-
-
-def test_ctrl_c_is_status_130(tmp_path, monkeypatch, capsys):
-    stop_after(2, monkeypatch, KeyboardInterrupt)
-    assert demo_images.main([str(tmp_path / "set"), "--count", "5", "--size", "16"]) == 130
-    assert capsys.readouterr().err == "demo_images.py: stopped\n"

@@ -5,8 +5,7 @@
 Radford et al. 2016, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks":
 64 px, z of 100, batch 64, Adam at 2e-4 with betas 0.5 and 0.999, binary cross-entropy, BatchNorm, weights from
 N(0, 0.02). Reads images through data.py. Generates in batches of 64 with the statistics of the batch, as the example
-does. Writes the images as uint8 (N, 3, 64, 64), and the generator's weights beside them. The last line printed is a
-JSON object: steps, images seen, seconds.
+does. Writes the images as uint8 (N, 3, 64, 64). The last line printed is a JSON object: steps, images seen, seconds.
 """
 
 import json
@@ -86,7 +85,7 @@ def generate(g: nn.Module, count: int, device: torch.device) -> torch.Tensor:
     return torch.cat(batches)[:count]
 
 
-def run(argv) -> None:
+def start(argv) -> None:
     parser = command_line.Parser("dcgan.py", __doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
     parser.add_argument("--minutes", type=positive(float), default=20.0, metavar="X", help="[%(default)s]")
@@ -100,14 +99,8 @@ def run(argv) -> None:
                                  leave_out=arguments.runs_dir)
     g, steps, seconds = train(image_set, arguments.minutes, arguments.seed, device)
     np.save(arguments.out, generate(g, arguments.count, device).numpy())
-    torch.save(g.state_dict(), arguments.out.with_suffix(".pt"))
     print(json.dumps({"steps": steps, "images_seen": steps * BATCH, "seconds": round(seconds, 1)}))
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 0 done, 2 invalid input."""
-    return command_line.run_script("dcgan.py", run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_script("dcgan.py", start, None))
