@@ -74,15 +74,12 @@ def test_images_and_a_grid_are_written(run, tmp_path, capsys):
     assert str(tmp_path / "grid.png") in capsys.readouterr().out
 
 
-def test_one_seed_is_one_image_at_any_count_and_batch_size(run, generator, tmp_path):
+def test_one_seed_is_one_image_at_any_count(run, tmp_path):
     for count, seed, name in (("3", "1", "few"), ("20", "1", "many"), ("3", "2", "many")):
         generate.main([str(run), "--images", count, "--seed", seed, "--out", str(tmp_path / name)])
     few, many, other = ([read(tmp_path / name / f"seed{seed}_{i:05d}.png") for i in range(3)]
                         for name, seed in (("few", 1), ("many", 1), ("many", 2)))      # one folder, two seeds
     assert np.abs(np.subtract(few, many)).max() <= 1 < np.abs(np.subtract(few, other)).max()
-    z = latent_space.draw_z(1, 0, 5, 16)
-    one, five = (np.stack(list(generate.render(generator, z, size))).astype(int) for size in (1, 5))
-    assert np.abs(one - five).max() <= 1
 
 
 def test_images_come_from_the_averaged_generator(run, tmp_path):
