@@ -123,6 +123,16 @@ def test_a_step_leaves_the_global_generators_alone(start):
     assert torch.equal(before, torch.get_rng_state()) and np.array_equal(numpy_before, np.random.get_state()[1])
 
 
+def test_a_step_is_a_function_of_the_seed(start):
+    after = []
+    for seed in ("1", "1", "2"):
+        torch.manual_seed(len(after))
+        state, c, image_set = start("--seed", seed)
+        training_step.training_step(state, c, image_set)
+        after.append(weights(state.generator))
+    assert torch.equal(after[0], after[1]) and not torch.equal(after[0], after[2])
+
+
 def test_the_critic_sees_each_image_once_per_epoch_with_several_updates_per_step(start):
     state, c, image_set = start("--n-critic", "3")
     batches = [training_step.draw_batch(state, c, image_set, critic_update) for critic_update in range(3)]
