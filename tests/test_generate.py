@@ -87,6 +87,10 @@ def test_images_come_from_the_averaged_generator(make, run, tmp_path):
     assert read(tmp_path / "seed0_00000.png").std() > 5                      # the weights of "generator" are all zero
 
 
+def test_a_loaded_generator_is_in_evaluation_mode_without_gradients(generator):
+    assert not generator.training and not any(p.requires_grad for p in generator.parameters())
+
+
 def test_the_pretrained_model_makes_distinct_and_smooth_images(make, tmp_path):
     assert PRETRAINED.stat().st_size <= 8e6
     make("--images", 16, "--directions", 2, source=PRETRAINED)
