@@ -24,6 +24,7 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import sys
 import time
 from argparse import Namespace
@@ -61,9 +62,9 @@ def on_device(generator: Generator, z: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def render(generator: Generator, z: Tensor, batch_size: int = BATCH) -> Iterator[np.ndarray]:
+def render(generator: Generator, z: Tensor) -> Iterator[np.ndarray]:
     """Yields the image of each z (N, LATENT_DIM), uint8 (H, W, C)."""
-    for part in z.split(batch_size):
+    for part in z.split(BATCH):
         yield from data.to_arrays(generator(on_device(generator, part)))
 
 
@@ -166,18 +167,18 @@ def interpolate(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         raise InputError(f"--interpolate got {len(photos)} photos: must be two")
     a, b = latent_space.encode(generator.vae, photos)
     z = torch.stack([latent_space.spherical(a, b, t) for t in torch.linspace(0, 1, INTERPOLATED)])
-    strip = pictures.grid(list(render(generator, z)), columns=INTERPOLATED)
-    left, right = (pictures.grid([photo]) for photo in photos)
-    sheet = pictures.beside(left, strip, right)
+    images = list(render(generator, z))
+    sheet = pictures.beside(*(pictures.grid(part, columns=len(part)) for part in (photos[:1], images, photos[1:])))
     return "interpolation", pictures.stack([sheet], ["photo, from one to the other, photo"])
 
 
-def strengths_sheet(generator: Generator, blocks: Sequence[Sequence[Tensor]], strengths: Sequence[float],
+def strengths_sheet(generator: Generator, start: Tensor, directions: Tensor, strengths: Sequence[float],
                     names: Sequence[str]) -> np.ndarray:
-    """Returns the images of z (D,), one column per strength; each block of rows has a name and the same size."""
-    images = list(render(generator, torch.stack([z for block in blocks for z in block])))
-    size = len(blocks[0])
-    grids = [pictures.grid(images[i:i + size], columns=len(strengths)) for i in range(0, len(images), size)]
+    """Returns N rows of images of start + strength * direction, one column per strength. start and directions: (N, D);
+    names: one above each N / len(names) rows."""
+    z = start[:, None] + torch.tensor(strengths)[:, None] * directions[:, None]              # (N, strengths, D)
+    images = np.stack(list(render(generator, z.flatten(0, 1))))
+    grids = [pictures.grid(part, columns=len(strengths)) for part in np.split(images, len(names))]
     text = ", ".join(f"{strength:+g}" if strength else "0" for strength in strengths)
     return pictures.stack(grids, [f"{name} at strength {text}" for name in names])
 
@@ -192,10 +193,9 @@ def edit(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[st
     if direction.norm() < 1e-6:
         raise InputError("--direction: the encoded images of the two folders have the same mean: must differ")
     _, photos = read_photos(flags.photos, c)
-    start = latent_space.encode(generator.vae, photos) if photos else latent_space.draw_z(
-        flags.seed, 0, 6, c.LATENT_DIM)
-    block = [z + strength * direction for z in start for strength in EDITS]
-    sheet = strengths_sheet(generator, [block], EDITS, ["B - A"])
+    start = (latent_space.encode(generator.vae, photos) if photos
+             else latent_space.draw_z(flags.seed, 0, 6, c.LATENT_DIM))
+    sheet = strengths_sheet(generator, start, direction[None], EDITS, ["B - A"])
     if photos:
         sheet = pictures.beside(pictures.stack([pictures.grid(photos, columns=1)], ["photo"]), sheet)
     print(f"the direction has length {direction.norm():.2f}; the mean of B is {b.norm():.2f} from the origin")
@@ -216,14 +216,12 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
         raise InputError(f"--directions {count} is invalid: must be at most {len(axes['axes'])}, this run's axes")
     axes = {name: tensor.cpu() for name, tensor in axes.items()}
     start = latent_space.draw_z(flags.seed, 0, 1, c.LATENT_DIM)[0]
-    blocks = []
-    for axis, deviation in zip(axes["axes"][:count], axes["deviations"]):
-        centre = start - ((start - axes["mean"]) @ axis) * axis              # without its share of this axis
-        blocks.append([centre + strength * deviation * axis for strength in STRENGTHS])
-    variance = axes["deviations"].square()
+    directions, variance = axes["axes"][:count], axes["deviations"].square()
+    centres = torch.stack([start - ((start - axes["mean"]) @ axis) * axis for axis in directions])    # 0 on their axis
     print(f"the first {count} axes explain {variance[:count].sum() / variance.sum():.0%} of the variance of encoded "
           "images")
-    return "directions", strengths_sheet(generator, blocks, STRENGTHS, [f"axis {i + 1}" for i in range(count)])
+    return "directions", strengths_sheet(generator, centres, axes["deviations"][:count, None] * directions, STRENGTHS,
+                                         [f"axis {i + 1}" for i in range(count)])
 
 
 @torch.inference_mode()
@@ -280,9 +278,8 @@ def feedback_images(generator: Generator, z: Tensor, loop: bool) -> Iterator[np.
     """
     lead = min(len(z), generator.layer.video.num_frames - 1) if loop else 0
     z = on_device(generator, torch.cat([z[len(z) - lead:], z]))
-    for i, (image, _) in enumerate(generator.feedback(z)):
-        if i >= lead:
-            yield data.to_arrays(image)[0]
+    for image, _ in itertools.islice(generator.feedback(z), lead, None):
+        yield data.to_arrays(image)[0]
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, draw_images, lines
+from conftest import SMALL, lines
 
 import checkpoints
 import distributed
@@ -25,27 +25,21 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and
 
 
 @pytest.fixture
-def folder(tmp_path):
-    draw_images(str(tmp_path / "photos"), 12)
-    return tmp_path
-
-
-@pytest.fixture
-def torchrun(folder):
-    """torchrun(ranks, *flags) starts training.py, or another script, in `folder`; all processes end with the test."""
+def torchrun(photos, tmp_path):
+    """torchrun(ranks, *flags) starts training.py, or another script, in tmp_path; all processes end with the test."""
     started = []
 
     def start(ranks, *flags, code="", options=()):
         """code: statements that change the modules before the training starts."""
         script = SCRIPT
         if code:
-            script = folder / "script.py"
+            script = tmp_path / "script.py"
             script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
                               f"import conftest, training, training_step\n{code}\nsys.exit(training.main())\n")
         started.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options,
-             "--", script, "--data", folder / "photos", "--runs-dir", folder / "runs", *FLAGS, *flags],
-            cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+             "--", script, "--data", photos, "--runs-dir", tmp_path / "runs", *FLAGS, *flags],
+            cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}))
         return started[-1]
 
@@ -59,13 +53,12 @@ def torchrun(folder):
 
 
 @pytest.fixture
-def train(folder, torchrun):
-    """train(ranks, *flags) trains in folder/runs, with torchrun if ranks > 1, and returns what was printed. In float64
-    if the test is: in float32, Adam without momentum amplifies rounding to a quarter of the way within 20 steps."""
+def train(photos, tmp_path, torchrun):
+    """train(ranks, *flags) trains, with torchrun if ranks > 1, and returns what was printed. In float64 if the test is:
+    in float32, Adam without momentum amplifies rounding to a quarter of the way within 20 steps."""
     def finished(ranks, *flags, status=0, code=""):
         if ranks == 1:
-            arguments = ["--data", str(folder / "photos"), "--runs-dir", str(folder / "runs"), *FLAGS, *flags]
-            assert training.main(arguments) == status
+            assert training.main(["--data", photos, "--runs-dir", str(tmp_path / "runs"), *FLAGS, *flags]) == status
             return ""
         if torch.get_default_dtype() == torch.float64:
             code = "conftest.use_float64(setattr)\n" + code
@@ -76,14 +69,14 @@ def train(folder, torchrun):
     return finished
 
 
-def saved(folder, run="photos"):
-    return checkpoints.find(folder / "runs" / run)[1]
+def saved(tmp_path, run="photos"):
+    return checkpoints.find(tmp_path / "runs" / run)[1]
 
 
-def assert_nearly_equal(folder, one, other, share=1e-4):
+def assert_nearly_equal(tmp_path, one, other, share=1e-4):
     """Compares two runs: for each module the difference is at most `share` of the distance that its weights moved from
     the run "start"."""
-    one, other, origin = (saved(folder, run) for run in (one, other, "start"))
+    one, other, origin = (saved(tmp_path, run) for run in (one, other, "start"))
     for part in PARTS:
         for module in {name.rpartition(".")[0] for name in one[part]}:
             names = [name for name in one[part] if name.rpartition(".")[0] == module]
@@ -106,52 +99,52 @@ def start(float64, train):
 @pytest.mark.parametrize("ranks, flags", [
     (2, ["--micro-batch", "2", "--gp-every", "3", "--n-critic", "2", "--flip"]),
     pytest.param(2, [], marks=pytest.mark.slow), pytest.param(4, ["--feedback-prob", "0.5"], marks=pytest.mark.slow)])
-def test_several_ranks_train_what_one_would(folder, train, start, ranks, flags):
+def test_several_ranks_train_what_one_would(tmp_path, train, start, ranks, flags):
     """12 images in batches of 8: every second batch crosses the border of an epoch."""
     for run, count in (("one", 1), ("many", ranks)):
         train(count, "--steps", "10", "--run", run, *flags)
-    assert_nearly_equal(folder, "one", "many")
-    for one, many in zip(lines(folder, "one"), lines(folder, "many")):
+    assert_nearly_equal(tmp_path, "one", "many")
+    for one, many in zip(lines(tmp_path, "one"), lines(tmp_path, "many")):
         for name in ("critic_loss", "generator_loss", "score_gap", "gradient_norm", "kl", "alpha_min", "alpha_max"):
             assert many[name] == pytest.approx(one[name], rel=1e-4), name
-    assert saved(folder, "many")["counters"] == saved(folder, "one")["counters"]
+    assert saved(tmp_path, "many")["counters"] == saved(tmp_path, "one")["counters"]
 
 
 @pytest.mark.slow
-def test_resuming_with_another_number_of_ranks_is_the_same_run(folder, train, start):
+def test_resuming_with_another_number_of_ranks_is_the_same_run(tmp_path, train, start):
     train(1, "--steps", "12", "--run", "whole")
     for ranks, steps in ((1, 4), (2, 8), (4, 12)):
         train(ranks, "--steps", str(steps), "--run", "parts")
-    assert_nearly_equal(folder, "whole", "parts")
-    assert [line["step"] for line in lines(folder, "parts")] == list(range(1, 13))
+    assert_nearly_equal(tmp_path, "whole", "parts")
+    assert [line["step"] for line in lines(tmp_path, "parts")] == list(range(1, 13))
 
 
 @pytest.mark.slow
-def test_resuming_with_as_many_ranks_is_exact(folder, train):
+def test_resuming_with_as_many_ranks_is_exact(tmp_path, train):
     train(2, "--steps", "6", "--run", "whole")
     for steps in ("3", "6"):
         train(2, "--steps", steps, "--run", "parts")
-    one, other = saved(folder, "whole"), saved(folder, "parts")
+    one, other = saved(tmp_path, "whole"), saved(tmp_path, "parts")
     for part in PARTS:
         assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
 
 
 @pytest.mark.slow
-def test_scores_are_computed_together_and_equal(folder, train):
+def test_scores_are_computed_together_and_equal(tmp_path, train):
     for run, ranks in (("one", 1), ("many", 2)):
         train(ranks, "--steps", "1", "--run", run, "--evaluate-every", "1", "--evaluate-count", "9")
-    one, many = (next(line for line in lines(folder, run) if "evaluate_sliced_wasserstein" in line)
+    one, many = (next(line for line in lines(tmp_path, run) if "evaluate_sliced_wasserstein" in line)
                  for run in ("one", "many"))
     assert many == pytest.approx(one, rel=0.05)
-    assert (folder / "runs" / "many" / "checkpoints" / "best.pt").exists()
+    assert (tmp_path / "runs" / "many" / "checkpoints" / "best.pt").exists()
 
 
 # ------------------------------------------------------------------------------------- signals, faults
 
-def wait_for_step(folder, step):
-    file, end = folder / "runs" / "photos" / "metrics.jsonl", time.monotonic() + 120
+def wait_for_step(tmp_path, step):
+    file, end = tmp_path / "runs" / "photos" / "metrics.jsonl", time.monotonic() + 120
     while time.monotonic() < end:
-        if file.exists() and file.read_text().endswith("\n") and lines(folder)[-1]["step"] >= step:
+        if file.exists() and file.read_text().endswith("\n") and lines(tmp_path)[-1]["step"] >= step:
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step}")
@@ -171,42 +164,42 @@ def ranks_of(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("receiver", ["torchrun", 0, 1])
-def test_a_signal_to_one_or_all_ranks_stops_all_at_one_step_with_a_checkpoint(folder, torchrun, train, receiver):
+def test_a_signal_to_one_or_all_ranks_stops_all_at_one_step_with_a_checkpoint(tmp_path, torchrun, train, receiver):
     process = torchrun(2, "--steps", "100000")
-    wait_for_step(folder, 2)
+    wait_for_step(tmp_path, 2)
     os.kill(process.pid if receiver == "torchrun" else ranks_of(process)[receiver], signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert f'Traceback (most recent call last):\n  File "{SCRIPT}' not in out, out
-    step = saved(folder)["counters"]["step"]
-    assert step == lines(folder)[-1]["step"] and "the same command continues the run" in out
+    step = saved(tmp_path)["counters"]["step"]
+    assert step == lines(tmp_path)[-1]["step"] and "the same command continues the run" in out
     train(1, "--steps", str(step + 1))
 
 
 @pytest.mark.slow
-def test_if_a_rank_is_killed_the_others_end_with_one_line_and_the_checkpoint_is_complete(folder, torchrun):
+def test_if_a_rank_is_killed_the_others_end_with_one_line_and_the_checkpoint_is_complete(tmp_path, torchrun):
     process = torchrun(2, "--steps", "100000", "--checkpoint-every", "2")
-    wait_for_step(folder, 4)                           # the checkpoint of step 2 is written before step 3 is logged
+    wait_for_step(tmp_path, 4)                         # the checkpoint of step 2 is written before step 3 is logged
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "another process has left" in out
-    assert saved(folder)["counters"]["step"] >= 2
+    assert saved(tmp_path)["counters"]["step"] >= 2
 
 
 @pytest.mark.slow
-def test_torchruns_restart_continues_from_the_checkpoint(folder, torchrun):
+def test_torchruns_restart_continues_from_the_checkpoint(tmp_path, torchrun):
     process = torchrun(2, "--steps", "100000", "--checkpoint-every", "2", options=("--max-restarts", "1"))
-    wait_for_step(folder, 2)
+    wait_for_step(tmp_path, 2)
     old = set(ranks_of(process).values())
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     end, new = time.monotonic() + 120, set()
     while time.monotonic() < end and not (len(new) == 2 and new.isdisjoint(old)):
         time.sleep(0.2)
         new = set(ranks_of(process).values())
-    before = lines(folder)[-1]["step"]
-    wait_for_step(folder, before + 2)
+    before = lines(tmp_path)[-1]["step"]
+    wait_for_step(tmp_path, before + 2)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert "continuing" in out and saved(folder)["counters"]["step"] > before
+    assert "continuing" in out and saved(tmp_path)["counters"]["step"] > before
 
 
 FAULT = """
@@ -220,43 +213,29 @@ draw_batch, training_step.draw_batch = training_step.draw_batch, faulty
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(folder, train):
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(tmp_path, train):
     train(2, "--steps", "6", code=FAULT.format("batch.real.fill_(float('nan'))"))
-    assert [line["skipped_updates"] for line in lines(folder)] == [0, 0, 0, 2, 2, 2]
-    assert saved(folder)["counters"]["step"] == 6
+    assert [line["skipped_updates"] for line in lines(tmp_path)] == [0, 0, 0, 2, 2, 2]
+    assert saved(tmp_path)["counters"]["step"] == 6
 
 
 @pytest.mark.slow
-def test_ranks_with_other_weights_are_noticed_before_a_checkpoint_is_written(folder, train):
+def test_ranks_with_other_weights_are_noticed_before_a_checkpoint_is_written(tmp_path, train):
     out = train(2, "--steps", "6", code=FAULT.format("next(state.generator.parameters()).data[0] += 1"), status=1)
     assert "rank 1 and rank 0 differ in their weights" in out
-    assert saved(folder)["counters"]["step"] == 0
+    assert saved(tmp_path)["counters"]["step"] == 0
 
 
 @pytest.mark.slow
-def test_invalid_input_is_printed_by_one_rank(folder, train):
-    (folder / "empty").mkdir()
+def test_invalid_input_is_printed_by_one_rank(tmp_path, train):
+    (tmp_path / "empty").mkdir()
     for flags, words in ((["--batch-size", "3"], "--batch-size 3 is invalid for 2 processes"),
-                         (["--data", str(folder / "empty")], "no images"),
+                         (["--data", str(tmp_path / "empty")], "no images"),
                          (["--micro-batch", "8"], "micro-batches of 8: must be a multiple of 16"),
                          (["--image-size", "33"], "--image-size 33")):
         out = train(2, "--steps", "1", *flags, status=1)           # torchrun's own status for any failure
         assert len(re.findall(rf"^.*training\.py: .*{re.escape(words)}.*$", out, re.MULTILINE)) == 1, out
         assert "exitcode  : 2" in out
-
-
-# ------------------------------------------------------------------------------------- without torchrun
-
-def test_a_single_process_communicates_nothing():
-    single, thing = distributed.SINGLE, object()
-    assert single.slice_of(12) == slice(0, 12) and distributed.maximum(single, [3, 0]) == [3, 0]
-    assert distributed.gather(single, thing) == [thing] and distributed.on_rank_0(single, lambda: thing) is thing
-    distributed.check_equal(single, thing, "nothing")
-
-
-def test_the_ranks_slices_are_the_whole_and_do_not_overlap():
-    indices = range(12)
-    assert [i for rank in range(4) for i in indices[distributed.Ranks(rank, 4).slice_of(12)]] == list(indices)
 
 
 def test_ranks_that_cannot_connect_say_so(monkeypatch):

@@ -56,17 +56,6 @@ def test_a_finished_run_says_how_to_continue(run, capsys):
     assert "higher --steps" in capsys.readouterr().out
 
 
-def test_log_lines_after_the_checkpoint_are_cut_when_a_run_continues(run, tmp_path, capsys):
-    run("--steps", "2")
-    file = tmp_path / "runs" / "photos" / "metrics.jsonl"
-    file.write_text(file.read_text() + '{"step": 4, "lost": true}\n{"step": 6, "los')
-    assert "continuing" not in capsys.readouterr().out
-    run("--steps", "4")
-    assert "continuing" in capsys.readouterr().out
-    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
-    assert not any("lost" in line for line in lines(tmp_path))
-
-
 def test_minutes_ends_a_run_with_a_checkpoint(run, tmp_path, capsys, monkeypatch):
     seconds = itertools.count()
     monkeypatch.setattr(training.time, "monotonic", lambda: next(seconds))
@@ -114,14 +103,6 @@ def test_a_missing_empty_or_unusable_folder_is_refused_and_leaves_no_run(run, tm
         assert run("--steps", "1", images=tmp_path / name) == 2
         assert name in error_line(capsys)
         assert not (tmp_path / "runs" / name).exists()
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--image-size", "100"], "--image-size 100 is invalid"), (["--no-such-flag"], "--no-such-flag"),
-    (["--patch", "12"], "--patch 12"), (["--batch-size", "6", "--micro-batch", "4"], "--micro-batch 4")])
-def test_an_invalid_flag_is_refused(run, capsys, flags, words):
-    assert run(*flags) == 2
-    assert words in error_line(capsys)
 
 
 def test_a_runs_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
