@@ -8,7 +8,7 @@ RUN := demo
 demo: .venv/run.stamp
 	$(BIN)/python training.py --image-size 64 --minutes 10 --run $(RUN)
 	$(BIN)/python generate.py runs/$(RUN) --images 64 --seed 1 --out runs/$(RUN)/generated
-	@echo "images: runs/$(RUN)/generated/grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
+	@echo "images: runs/$(RUN)/generated/seed1_grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2

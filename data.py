@@ -27,7 +27,7 @@ from PIL import features
 import checkpoints
 import image_cache
 from errors import InputError
-from image_files import EXTENSIONS, UNSUPPORTED, decode, printable, reason_of
+from image_files import EXTENSIONS, UNSUPPORTED, counted, decode, printable, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
@@ -77,10 +77,10 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
     not enter the folder leave_out. Raises InputError if root is not a folder or contains nothing like an image.
     """
     if not os.path.isdir(root):
-        problem = "is a file, not a folder of images" if os.path.exists(root) else "no such folder"
+        problem = "is a file, not a folder of images" if os.path.exists(root) else "does not exist; give its new place"
         if os.path.isfile(root) and os.fspath(root).lower().endswith(ARCHIVES):
             problem = "is an archive: unpack it, and give the folder of its images"
-        raise InputError(f"{printable(root)}: {problem}")
+        raise InputError(f"{printable(root)} {problem}")
     real_root = os.path.realpath(root)
     visited = {str(parent) for parent in Path(real_root).parents}
     if leave_out is not None:
@@ -111,7 +111,7 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
             except OSError as error:
                 skipped.append((path, "broken link" if entry.is_symlink() else reason_of(error)))
     if not files and not skipped:
-        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS)}")
+        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS[:-1])}")
     return dict(sorted(files.items())), skipped
 
 
@@ -148,7 +148,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
         raise
     skipped = sorted(skipped + [(path, cache.lines[path][5]) for path in known if path not in cache.row])
     if not paths:
-        raise InputError(f"{printable(root)}: none of its {len(skipped):,} images can be used; the first is "
+        raise InputError(f"{printable(root)}: {counted(len(skipped), 'image')}, none of which can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
     keys = [cache.key(path) for path in paths]
     train, held_out = split(keys, held_out_share, held_out_min)
@@ -161,10 +161,11 @@ def _warnings(images, keys, gone, peaks):
     16-bit or float images whose values, `peaks` as shares of the full range, are all small."""
     lines, different = [], len(set(keys))
     if gone:
-        lines.append(f"{len(gone):,} images of the last start are gone: {_first(gone)}. Is a disk not mounted?")
+        names = ", ".join(map(printable, gone[:3])) + (" and others" if len(gone) > 3 else "")
+        lines.append(f"{counted(len(gone), 'image')} of the last start not found: {names}. Is a disk not mounted?")
     if different < FEW:
-        lines.append(f"only {different} different image{'s' * (different > 1)} in {len(keys):,} usable files: a model "
-                     "can only copy so few")
+        files = f", in {counted(len(keys), 'file')}" if len(keys) > different else ""
+        lines.append(f"only {counted(different, 'different image')}{files}: a model can only copy so few")
     sample = images[np.linspace(0, len(images) - 1, min(len(images), PLAIN_SAMPLE)).astype(int)]
     plain = int((np.ptp(sample.reshape(len(sample), -1, images.shape[3]), axis=1) == 0).all(axis=1).sum())
     if plain > len(sample) * PLAIN_SHARE:
@@ -178,10 +179,6 @@ def _warnings(images, keys, gone, peaks):
     return lines
 
 
-def _first(paths):
-    return ", ".join(map(printable, paths[:3])) + (", ..." if len(paths) > 3 else "")
-
-
 def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> ImageSet:
     """Calls load_images with a run's constants; prints the warnings, how many files cannot be used, and the first ten.
     The cache is in RUNS_DIR, unless cache_dir is given."""
@@ -191,12 +188,12 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
         print(f"warning: {line}")
     for reason in UNSUPPORTED:
         if count := sum(reason == other for _, other in image_set.skipped):
-            print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used: {reason}")
+            print(f"{counted(count, 'file')} cannot be used: {reason}")
     skipped = [(path, reason) for path, reason in image_set.skipped if reason not in UNSUPPORTED]
     count = len(skipped)
     lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
-        print(f"{count:,} {'file' if count == 1 else 'files'} cannot be used:", *lines, sep="\n")
+        print(f"{counted(count, 'file')} cannot be used:", *lines, sep="\n")
     if count > 10:
         print(f"  and {count - 10:,} more")
     if not features.check("littlecms2"):
@@ -204,17 +201,18 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
     return image_set
 
 
-def same_images(root: PathLike, old_root: PathLike, c) -> bool:
-    """Returns whether the folder root has the images, by relative path and size, that the cache of RUNS_DIR holds of
-    old_root, which may be gone. False if there is no such cache."""
+def images_in_common(root: PathLike, old_root: PathLike, c) -> tuple[int, int] | None:
+    """Returns how many images, by relative path and size, the folder root and the cache of old_root have in common, and
+    how many they have together; old_root may be gone. None if RUNS_DIR has no cache of it."""
     settings = (c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND)
     folder = image_cache.cache_folder(old_root, settings, os.path.join(c.RUNS_DIR, CACHE))
     try:
         lines = Path(folder, "index.jsonl").read_bytes().split(b"\n")[1:-1]
         known = {path: size for path, size, *_ in map(json.loads, lines)}
     except (OSError, ValueError):
-        return False
-    return known == {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
+        return None
+    found = {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
+    return len(known.items() & found.items()), len(known.items() | found.items())
 
 
 def cache_elsewhere(folder: str | None) -> str:

@@ -1,6 +1,6 @@
 """Images and videos from a trained model, and photos through it.
 
-    python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and DIR/grid.png
+    python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and seed1_grid.png
     python generate.py RUN --video walk.mp4 --seconds 8         # a looping walk; or .webp, .gif, a new folder
     python generate.py RUN --reconstruct PHOTO ...              # photos through encoder and decoder
 
@@ -143,7 +143,7 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         for saved in waiting:
             saved.result()
     print(f"{len(z)} images, {len(z) / (time.monotonic() - started):.1f} per second")
-    return "grid", pictures.grid(shown)
+    return f"seed{flags.seed}_grid", pictures.grid(shown)
 
 
 def reconstruct(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
@@ -234,7 +234,7 @@ def map_alpha(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
     print(f"alpha: mean {alpha.mean():.2f}, {low:.2f} to {high:.2f}, spread within an image "
           f"{alpha.std(axis=(1, 2)).mean():.2f}")
     sheet = pictures.beside(pictures.grid(data.to_arrays(image)), pictures.heat_maps(alpha, low, high, log=True))
-    return "alpha_maps", pictures.stack([sheet], ["pictures, and their alpha on a log scale"])
+    return f"seed{flags.seed}_alpha_maps", pictures.stack([sheet], ["pictures, and their alpha on a log scale"])
 
 
 # ------------------------------------------------------------------------------------- videos

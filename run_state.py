@@ -158,6 +158,7 @@ def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.devi
     def find():
         found = checkpoints.newest(folder / "checkpoints", set_aside=True)
         if found is None:
+            mention_runs_on_the_same_images(c, folder)
             return initial_weights(c) if c.INIT_FROM else None
         check_constants(c, given, found[1]["constants"])
         return found
@@ -181,6 +182,16 @@ def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.devi
     return state
 
 
+def mention_runs_on_the_same_images(c: SimpleNamespace, folder: Path) -> None:
+    """Prints the runs that a new run may have been meant to continue: the data folder has perhaps another name now."""
+    for config in sorted(folder.parent.glob("*/config.json")) if c.DATA else ():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            before = json.loads(config.read_text()).get("DATA")
+            counts = before and before != c.DATA and data.images_in_common(c.DATA, before, c)
+            if counts and counts[0] == counts[1]:
+                print(f"{config.parent} was trained on the same images: --run {config.parent.name} continues it")
+
+
 def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
     """Raises InputError if a run was made with other sizes or another folder. Prints what else has changed."""
     for name in SIZES:
@@ -188,10 +199,12 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> No
             raise InputError(f"run {c.RUN} was made with {name} {saved.get(name)}, not {getattr(c, name)}: give "
                              f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
-    if "RUN" not in given and before != now and not (
-            saved.get("DATA") and c.DATA and data.same_images(c.DATA, saved["DATA"], c)):
-        raise InputError(f"run {c.RUN} was made from {before}, not {now}, whose images differ or cannot be compared: "
-                         f"--run {c.RUN} continues it all the same, --run NEWNAME starts a new run")
+    if "RUN" not in given and before != now:
+        counts = data.images_in_common(c.DATA, saved["DATA"], c) if saved.get("DATA") and c.DATA else None
+        if counts is None or counts[0] < counts[1]:
+            reason = f"{counts[0]:,} of {counts[1]:,} images are in both" if counts else "images cannot be compared"
+            raise InputError(f"run {c.RUN} was made from {before}, not {now} ({reason}): --run {c.RUN} continues it "
+                             "all the same, --run NEWNAME starts a new run")
     for name, old in saved.items():
         new = getattr(c, name, None)
         if new is not None and new != old and name not in ("RUNS_DIR", "INIT_FROM"):

@@ -69,9 +69,9 @@ def frames_of(folder):
 
 def test_images_and_a_grid_are_written(make, tmp_path, capsys):
     make("--images", 5, "--seed", 1)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["grid.png"] + [f"seed1_0000{i}.png" for i in range(5)]
-    assert (read(tmp_path / "grid.png")[:32, :32] == read(tmp_path / "seed1_00000.png")).all()
-    assert str(tmp_path / "grid.png") in capsys.readouterr().out
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"seed1_0000{i}.png" for i in range(5)] + ["seed1_grid.png"]
+    assert (read(tmp_path / "seed1_grid.png")[:32, :32] == read(tmp_path / "seed1_00000.png")).all()
+    assert str(tmp_path / "seed1_grid.png") in capsys.readouterr().out
 
 
 def test_one_seed_is_one_image_at_any_count(make, tmp_path):
@@ -256,7 +256,7 @@ def test_without_axes_and_without_images_directions_are_refused(run, tmp_path, c
 
 def test_alpha_maps_are_beside_their_images(make, tmp_path, capsys):
     make("--alpha-maps", 4, "--images", 4)
-    grid, sheet = read(tmp_path / "grid.png"), read(tmp_path / "alpha_maps.png")[22:]
+    grid, sheet = read(tmp_path / "seed0_grid.png"), read(tmp_path / "seed0_alpha_maps.png")[22:]
     assert np.abs(sheet[:66, :66] - grid).max() <= 1 and sheet.shape[1] > 2 * 66
     assert "alpha: mean" in capsys.readouterr().out
 
@@ -277,7 +277,7 @@ def test_alpha_maps_are_beside_their_images(make, tmp_path, capsys):
     (["{run}", "--reconstruct", "{tmp}/file"], "file: "),
     (["{run}", "--reconstruct", "{tmp}/none.jpg"], "no such file"),
     (["{run}", "--interpolate", "{photos}", "{photos}"], "must be two"),
-    (["{run}", "--direction", "{tmp}/none", "{tmp}/none"], "no such folder"),
+    (["{run}", "--direction", "{tmp}/none", "{tmp}/none"], "does not exist"),
     (["{run}", "--direction", "{photos}", "{photos}"], "the same mean"),
     (["{run}", "--directions", "99"], "must be at most 8"),
     (["{run}", "--video", "{tmp}/a.gif", "--keyframes", "1"], "2 or more"),
