@@ -311,13 +311,10 @@ def test_jpeg_2000_is_converted_by_its_profile(tmp_path):
     picture, values = colours()
     save(picture, tmp_path / "a.jp2")
     content = (tmp_path / "a.jp2").read_bytes()
-    at, header = content.index(b"colr") - 4, content.index(b"jp2h") - 4
-    length, = struct.unpack(">I", content[at:at + 4])
-    whole, = struct.unpack(">I", content[header:header + 4])
+    start = content.index(b"jp2h") - 4    # a box of 45 bytes, to which the profile is added
     box = struct.pack(">I4sBBB", 11 + len(P3_PROFILE), b"colr", 2, 0, 0) + P3_PROFILE
-    content = (content[:header] + struct.pack(">I", whole + len(box) - length) + content[header + 4:at] + box
-               + content[at + length:])
-    (tmp_path / "a.jp2").write_bytes(content)
+    head = struct.pack(">I", 45 + len(box)) + content[start + 4:start + 45]
+    (tmp_path / "a.jp2").write_bytes(content[:start] + head + box + content[start + 45:])
     assert_fields(tmp_path / "a.jp2", expected_levels(srgb_light(values), DISPLAY_P3), 2)
 
 
