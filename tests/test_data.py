@@ -204,7 +204,8 @@ def test_files_that_cannot_be_used_are_counted_named_and_skipped(tmp_path, image
         "3 files cannot be used: HEIC files need the package pillow-heif: pip install pillow-heif",
         "1 file cannot be used: JPEG XL is not supported: convert the files to PNG or JPEG",
         "12 files cannot be used:", "  e.png: broken link",
-        *(f"  f{number:02d}.png: empty file" for number in range(9)), "  and 2 more", "embedded colour profiles are ignored: this Pillow was built without littlecms2"]
+        *(f"  f{number:02d}.png: empty file" for number in range(9)), "  and 2 more",
+        "embedded colour profiles are ignored: this Pillow was built without littlecms2"]
     assert len(images.paths) == 5 and len(images.skipped) == 16
     assert load(root, tmp_path, size=32, cache=".cache").skipped == images.skipped    # the cache remembers them
 
