@@ -283,13 +283,14 @@ GREYS = srgb_levels((np.arange(256) / 255) ** 1.8)    # what GREY_PROFILE makes 
 
 
 def ink_profile():
-    """A CMYK profile in which cyan and black ink are red: a table of the 16 corners, in Lab."""
-    white, black, red = (255, 128, 128), (0, 128, 128), (138, 209, 198)
+    """A CMYK profile in which cyan and black ink are red: a table of the 16 corners, in Lab. Its black is a grey of
+    L* = 20, which black point compensation makes 0."""
+    white, black, red = (255, 128, 128), (51, 128, 128), (138, 209, 198)
     table = bytes(value for corner in range(16) for value in (
         white if corner == 0 else red if corner in (0b1000, 0b0001) else black))    # cyan varies slowest
     matrix = struct.pack(">9i", *[65536, 0, 0, 0, 65536, 0, 0, 0, 65536])
     lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + bytes(range(256)) * 4 + table + bytes(range(256)) * 3
-    return profile({b"A2B0": lut, b"A2B1": lut}, b"CMYK", b"prtr", b"Lab ")
+    return profile({b"A2B0": lut, b"A2B1": lut}, b"CMYK", b"scnr", b"Lab ")
 
 
 @needs_profiles
@@ -318,7 +319,7 @@ def test_jpeg_2000_is_converted_by_its_profile(tmp_path):
 
 @needs_profiles
 def test_an_srgb_profile_leaves_the_pixels_as_they_are(tmp_path):
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     pillows = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for icc in (pillows, rgb_profile(SRGB, *SRGB_CURVE)):
         picture.save(tmp_path / "a.png", icc_profile=icc)
