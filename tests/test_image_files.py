@@ -158,8 +158,8 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
 
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     picture, values = colours()
-    picture.save(tmp_path / "a.jpg", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\x7f" * 30)
-    assert_fields(tmp_path / "a.jpg", 255 * values, 12)
+    picture.save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF header")    # in a JPEG, Pillow itself ignores this
+    assert_fields(tmp_path / "a.png", 255 * values, 0)
 
 
 def test_the_short_side_is_resized_and_the_centre_cut_out(tmp_path):
