@@ -148,7 +148,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
         raise
     skipped = sorted(skipped + [(path, cache.lines[path][5]) for path in known if path not in cache.row])
     if not paths:
-        raise InputError(f"{printable(root)}: {counted(len(skipped), 'image')}, none of which can be used; the first is "
+        raise InputError(f"{printable(root)}: none of {counted(len(skipped), 'image')} can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
     keys = [cache.key(path) for path in paths]
     train, held_out = split(keys, held_out_share, held_out_min)
