@@ -169,7 +169,8 @@ def test_a_checkpoint_without_axes_gives_a_page_and_weights_without_axes(trained
     ("{run} --out {tmp}/file/a.pt", "{tmp}/file"), ("{run} --out {checkpoint}", "give another name"),
     ("{run} --out {tmp}/a.pt --ort {tmp}/dist", "--web"), ("{run} --web {tmp}/page", "npm, which"),
     ("{run} --web {tmp}/page --ort {tmp}/in", "contains no ort.wasm"),
-    ("{run} --web {tmp}/in --ort {tmp}/dist", "other files"), ("{run} --web {tmp}/file --ort {tmp}/dist", "{tmp}/file")])
+    ("{run} --web {tmp}/in --ort {tmp}/dist", "other files"),
+    ("{run} --web {tmp}/file --ort {tmp}/dist", "{tmp}/file")])
 def test_invalid_input_is_one_line_and_writes_nothing(trained, made, dist, monkeypatch, tmp_path, capsys, argv, words):
     monkeypatch.setattr(shutil, "which", lambda name: None)                 # a machine without npm
     (tmp_path / "file").write_text("not a folder")
