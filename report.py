@@ -31,7 +31,7 @@ import command_line
 import config
 import pictures
 from command_line import InputError
-from run_log import HEALTHY, Value, duration, range_of, range_words
+from run_log import HEALTHY, Value, duration, range_of, range_words, short
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 PAGE_BYTES = 10_000_000     # the page is smaller for every run
@@ -43,6 +43,7 @@ CURVE_POINTS = 240          # of a curve; a longer log is averaged
 RECENT = 5                  # logged lines whose median is the newest value
 SKIPPED_SHOWN = 50          # names of skipped files on the page
 
+BANDS = {"alpha_mean": ("alpha_min", "alpha_max")}                     # around a curve, instead of curves of their own
 KINDS = ("generated", "alpha", "real", "reconstructed")                # of sample sheets
 # Longest side in pixels and WebP quality. The first that fits SHEET_BYTES is used: 121 sheets in base64 are 8 MB.
 ENCODINGS = ((640, 85), (640, 65), (512, 50), (384, 35), (256, 20))
@@ -126,18 +127,12 @@ def columns(rows: list[dict], *keys: str) -> np.ndarray:
 
 def constants_for_ranges(constants: dict) -> SimpleNamespace:
     """Returns the constants that ranges depend on; config.py's where the run's own are missing or invalid."""
-    def valid(name):
-        return is_number(constants.get(name)) and constants[name] > 0
-    return SimpleNamespace(**{name: constants[name] if valid(name) else getattr(config, name)
-                              for name in ("IMAGE_SIZE", "ALPHA_INIT", "ALPHA_SPAN")})
+    found = {name: getattr(config, name) for name in ("IMAGE_SIZE", "ALPHA_INIT", "ALPHA_SPAN")}
+    found.update((name, constants[name]) for name in found if is_number(constants.get(name)) and constants[name] > 0)
+    return SimpleNamespace(**found)
 
 
 # ------------------------------------------------------------------------------------- values and curves
-
-def short(value: float) -> str:
-    """Returns a number with about three digits."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
 
 def state_of(value: Value, limits: tuple[float, float] | None, values: np.ndarray, step: int) -> str:
     """Returns the state of a value's newest numbers, values (n,): healthy, early, look at it, falling, level, rising;
@@ -154,19 +149,19 @@ def state_of(value: Value, limits: tuple[float, float] | None, values: np.ndarra
     return "level" if abs(change) < 0.02 else "falling" if change < 0 else "rising"
 
 
-def curve(rows: list[dict], key: str, title: str, words: str, band: tuple[str, str] | None = None) -> dict | None:
+def curve(rows: list[dict], key: str, title: str, words: str) -> dict | None:
     """Returns a curve for the page, or None if the log has no number for it.
 
-    Its points are means over at most CURVE_POINTS groups of lines. low and high are the smallest and largest value of
-    each group: of the key itself, or of the two keys in `band`.
+    Its points are means over at most CURVE_POINTS groups of lines; low and high are the smallest and largest value of
+    each group.
     """
-    table = columns(rows, "step", key, *(band or (key, key)))
+    table = columns(rows, "step", key, *BANDS.get(key, (key, key)))
     if len(table) == 0:
         return None
     groups = np.array_split(table, min(len(table), CURVE_POINTS))
-    x, y, low, high = np.array([(*g[:, :2].mean(0), g[:, 2].min(), g[:, 3].max()) for g in groups]).T
+    x, *ys = np.array([(*g[:, :2].mean(0), g[:, 2].min(), g[:, 3].max()) for g in groups]).T
     return {"key": key, "title": title, "words": words, "newest": short(table[-1, 1]), "x": x.round().tolist(),
-            **{name: [float(f"{v:.4g}") for v in column] for name, column in (("y", y), ("low", low), ("high", high))}}
+            **{name: [float(f"{v:.4g}") for v in column] for name, column in zip(("y", "low", "high"), ys)}}
 
 
 def value_curves(run: SimpleNamespace, step: int) -> list[dict]:
@@ -175,14 +170,12 @@ def value_curves(run: SimpleNamespace, step: int) -> list[dict]:
     for value in HEALTHY:
         values, limits = columns(run.rows, value.key)[:, 0], range_of(value.healthy, c)
         unchanged = limits and limits[0] == limits[1] and (values == limits[0]).all()      # a counter that stayed at 0
-        if value.key in ("alpha_min", "alpha_max") or unchanged:
+        if value.key in BANDS["alpha_mean"] or unchanged:
             continue
-        band = ("alpha_min", "alpha_max") if value.key == "alpha_mean" and len(columns(run.rows, "alpha_min")) else None
-        if drawn := curve(run.rows, value.key, value.title, value.words, band):
-            expected = [range_words(limits)] if limits else []
+        if drawn := curve(run.rows, value.key, value.title, value.words):
+            expected = filter(None, [limits and range_words(limits), value.trend])
             found.append({**drawn, "healthy": limits, "newest": short(np.median(values[-RECENT:])),
-                          "state": state_of(value, limits, values, step),
-                          "expected": ", ".join(expected + ([value.trend] if value.trend else []))})
+                          "state": state_of(value, limits, values, step), "expected": ", ".join(expected)})
     return found
 
 
@@ -215,20 +208,13 @@ def facts(run: SimpleNamespace, step: int) -> list[str]:
 
 # ------------------------------------------------------------------------------------- images
 
-def chosen(items: list, count: int) -> list:
-    """Returns at most `count` items, evenly spaced, the first and the last among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in places]
-
-
 def picture(file: Path, size: tuple[int, int] | None = None, animated: bool = False) -> tuple[str, int, int] | None:
     """Returns (data URI, width, height) of a PNG or GIF as WebP; None if it is missing or damaged.
 
     size: (width, height) of the part at the top left to keep. animated: all frames of a GIF instead of the first.
     """
     try:
-        stat = file.stat()
-        return encoded(file, size, animated, stat.st_mtime_ns, stat.st_size)
+        return encoded(file, size, animated, file.stat().st_mtime_ns, file.stat().st_size)
     except Exception:       # Pillow raises OSError, SyntaxError, EOFError, struct.error, ... for damaged files
         return None
 
@@ -237,26 +223,27 @@ def picture(file: Path, size: tuple[int, int] | None = None, animated: bool = Fa
 def encoded(file, size, animated, _changed, _bytes):
     with Image.open(file, formats=["PNG", "GIF"]) as image:
         milliseconds = image.info.get("duration", 125)
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)] if animated else [
-            image.convert("RGB").crop((0, 0, *(size or image.size)))]
-    options = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0} if animated else {}
+        frames = [frame.convert("RGB") for frame in (ImageSequence.Iterator(image) if animated else [image])]
+    frames = [frame.crop((0, 0, *size)) if size else frame for frame in frames]
     width, height = frames[0].size
     for side, quality in ENCODINGS:
         for frame in frames:
             frame.thumbnail((side, side))
         buffer = io.BytesIO()
-        frames[0].save(buffer, "WEBP", quality=quality, method=2, **options)
+        frames[0].save(buffer, "WEBP", quality=quality, method=2, save_all=True, append_images=frames[1:],
+                       duration=milliseconds, loop=0)
         if buffer.tell() <= (VIDEO_BYTES if animated else SHEET_BYTES):
             break
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), width, height
 
 
 def points_in_time(sheets: dict[int, dict], count: int) -> tuple[list[dict], list[tuple]]:
-    """Returns at most `count` points in time, such as {"step": 100, "generated": 3, ...}, with the index of each sheet
-    in the returned list of pictures, or None. Equal sheets, such as the real images, are one picture."""
-    points, index = [], {}
-    for step in chosen(sorted(sheets), count):
-        point, size = {"step": step}, None
+    """Returns at most `count` evenly spaced points in time, such as {"step": 100, "generated": 3, ...}, with the index
+    of each sheet in the returned list of pictures, or None. Equal sheets, such as the real images, are one picture."""
+    points, index, steps = [], {}, sorted(sheets)
+    for place in np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int):
+        step, size = steps[place], None
+        point = {"step": step}
         for kind in KINDS:
             file = sheets[step].get(kind)
             found = file and picture(file, size if kind == "alpha" else None)
@@ -277,24 +264,11 @@ def newest_video(videos: dict[int, Path]) -> dict | None:
 
 # ------------------------------------------------------------------------------------- the page
 
-def constants_table(constants: dict) -> list[list]:
-    """Returns rows of name, value, config.py's value, changed: the first three as text."""
-    defaults = {name: value for name, value in vars(config).items() if name.isupper()}
-    return [[name, json.dumps(value, ensure_ascii=False), json.dumps(defaults.get(name)),
-             name not in defaults or value != defaults[name]] for name, value in constants.items()]
-
-
-def system(run: SimpleNamespace) -> str:
-    """Returns what is known about the machine that writes the page, which during training is the one that trains."""
-    return (f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, "
-            f"{platform.platform(terse=True)}, {os.cpu_count()} CPU cores. "
-            f"Checkpoints: {', '.join(run.checkpoints[-4:]) or 'none yet'}.")
-
-
 def page(run: SimpleNamespace, live: bool, count: int) -> str:
     """Returns the page's HTML, with at most `count` points in time."""
     step = int(max([0, *(row["step"] for row in run.rows[-1:]), *run.sheets]))
     steps, ranges = run.constants.get("STEPS"), constants_for_ranges(run.constants)
+    defaults = {name: value for name, value in vars(config).items() if name.isupper()}
     points, sheets = points_in_time(run.sheets, count)
     data = {
         "name": run.name, "step": step, "written": int(time.time()), "reload_seconds": RELOAD_SECONDS if live else 0,
@@ -303,8 +277,12 @@ def page(run: SimpleNamespace, live: bool, count: int) -> str:
         "points": points, "pictures": sheets, "video": newest_video(run.videos),
         "alpha_scale": {"low": short(ranges.ALPHA_INIT / ranges.ALPHA_SPAN), "colours": pictures.HEAT_ANCHORS,
                         "high": short(ranges.ALPHA_INIT * ranges.ALPHA_SPAN)},
-        "constants": constants_table(run.constants), "skipped": run.skipped[:SKIPPED_SHOWN],
-        "skipped_count": len(run.skipped), "system": system(run)}
+        "constants": [(name, json.dumps(value, ensure_ascii=False), json.dumps(defaults.get(name)),
+                       (name, value) not in defaults.items()) for name, value in run.constants.items()],
+        "skipped": run.skipped[:SKIPPED_SHOWN], "skipped_count": len(run.skipped),
+        "system": (f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, "
+                   f"{platform.platform(terse=True)}, {os.cpu_count()} CPU cores. "      # of the machine that trains
+                   f"Checkpoints: {', '.join(run.checkpoints[-4:]) or 'none yet'}.")}
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")      # no "</script>"
     return TEMPLATE.read_text(encoding="utf-8").replace("$data", text)
 

@@ -124,7 +124,7 @@ def range_of(limits: Range | None, c: SimpleNamespace) -> tuple[float, float] | 
 
 def range_words(limits: tuple[float, float]) -> str:
     """(10, 1000) -> "10 to 1,000"; (0, 0) -> "0"."""
-    low, high = (f"{end:,.3g}" if abs(end) < 100 else f"{end:,.0f}" for end in limits)
+    low, high = map(short, limits)
     return low if low == high else f"{low} to {high}"
 
 
@@ -132,19 +132,22 @@ def healthy_table(c: SimpleNamespace) -> str:
     """Returns the Markdown table of HEALTHY, with alpha's ranges for the constants c, for docs/running.md."""
     rows = ["| value | what it is | healthy |", "| --- | --- | --- |"]
     for value in HEALTHY:
-        found = []
         if isinstance(value.healthy, dict):
-            found.append(", ".join(f"{range_words(ends)} at {side} px" for side, ends in value.healthy.items()))
-        elif value.healthy:
-            found.append(range_words(range_of(value.healthy, c)))
-        found += [value.trend] if value.trend else []
-        found += [f"from step {value.from_step} on"] if value.from_step else []
+            ranges = ", ".join(f"{range_words(ends)} at {side} px" for side, ends in value.healthy.items())
+        else:
+            ranges = value.healthy and range_words(range_of(value.healthy, c))
+        healthy = filter(None, [ranges, value.trend, value.from_step and f"from step {value.from_step} on"])
         name = f"`{value.key}`" + (f" ({value.bar})" if value.bar else "")
-        rows.append(f"| {name} | {value.words} | {'; '.join(found)} |")
+        rows.append(f"| {name} | {value.words} | {'; '.join(healthy)} |")
     return "\n".join(rows) + "\n"
 
 
 # ------------------------------------------------------------------------------------- words
+
+def short(value: float) -> str:
+    """Returns a number with about three digits: 1.25, 12,345."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
 
 def duration(seconds: float) -> str:
     """Returns a duration in words: 45 s, 12 min, 3.5 h."""
@@ -164,11 +167,11 @@ def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int) -> str
     left = (c.STEPS - step) * seconds_per_step
     text = f"{c.STEPS} steps will take {duration(left)} more at {seconds_per_step:.2f} s per step"
     if c.MINUTES and left > c.MINUTES * 60:
-        return text + f"; --minutes {c.MINUTES:g} ends before that"
-    if left <= 86400:
-        return text
-    return (text + f": to fit a day, give --steps {int(step + 86400 / seconds_per_step)}, or a smaller --image-size "
-            "in a new run")
+        return f"{text}; --minutes {c.MINUTES:g} ends before that"
+    if left > 86400:
+        fitting = int(step + 86400 / seconds_per_step)
+        text += f": to fit a day, give --steps {fitting}, or a smaller --image-size in a new run"
+    return text
 
 
 def print_start(c: SimpleNamespace, state, image_set) -> None:

@@ -1,5 +1,7 @@
 """A headless Chromium for tests of pages, driven by the Chrome DevTools Protocol over its pipe: JSON that ends with a
-zero byte. Needs nothing but the browser (Debian: apt-get install chromium) and bash, which hands the pipe over."""
+zero byte. Needs nothing but the browser (Debian: apt-get install chromium) and bash, which hands the pipe over.
+
+`pytest_plugins = ["chromium"]` in a test file gives it the fixture `browser`."""
 
 import itertools
 import json
@@ -12,12 +14,12 @@ import time
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9, "Enter": 13}
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Enter": 13}
 SECONDS = 120                       # that an answer may take
 
 
 class Chromium:
-    """A browser with one page. Events that come meanwhile are kept in `events`."""
+    """A browser with one page. Events since the page was opened are kept in `events`."""
 
     def __init__(self, profile):
         program = next((found for found in map(shutil.which, NAMES) if found), None)
@@ -55,8 +57,21 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
+    def open(self, address):
+        """Shows a page anew."""
+        self.call("Page.navigate", url="about:blank")
+        self.events.clear()
+        self.call("Page.navigate", url=address)
+        self.wait("document.readyState === 'complete' && location.protocol !== 'about:'")
+
+    def complaints(self):
+        """Returns what the page's script reports or raises, and errors of the browser, such as blocked requests."""
+        return [e["params"] for e in self.events
+                if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+                or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] in ("error", "warning"))]
+
     def value(self, expression):
-        """What an expression, or the promise that it gives, is in the page."""
+        """Returns an expression of the page, awaited if it is a promise."""
         result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -78,3 +93,10 @@ class Chromium:
         self.process.wait(20)
         os.close(self.commands)
         os.close(self.answers)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chromium import Chromium
 from conftest import SMALL, draw_images
 from PIL import Image
 
@@ -25,6 +24,8 @@ import export
 import latent_space
 import training
 from model_definitions import Generator
+
+pytest_plugins = ["chromium"]
 
 
 @pytest.fixture(scope="module")
@@ -96,32 +97,22 @@ def test_the_onnx_file_has_one_kernel_for_all_frames_and_no_path_of_this_machine
 
 
 @pytest.mark.parametrize("factor", [0.98, float("nan")])
-def test_a_model_with_other_images_is_not_written_and_the_status_is_1(trained, made, monkeypatch, tmp_path, capsys,
-                                                                      factor):
+def test_a_model_with_other_images_is_not_written(trained, made, monkeypatch, tmp_path, capsys, factor):
     real = export.torch_images
     monkeypatch.setattr(export, "torch_images", lambda generator, z: real(generator, z) * factor)
     (tmp_path / "old.onnx").write_bytes(b"old")
-    for name in ("new.onnx", "old.onnx"):
-        assert export.main([str(trained), "--out", str(tmp_path / name)]) == 1
-        assert capsys.readouterr().err.startswith("export.py: onnxruntime's images differ from torch's by up to ")
+    assert export.main([str(trained), "--out", str(tmp_path / "old.onnx")]) == 1
+    assert capsys.readouterr().err.startswith("export.py: onnxruntime's images differ from torch's by up to ")
     assert [f.name for f in tmp_path.iterdir()] == ["old.onnx"] and (tmp_path / "old.onnx").read_bytes() == b"old"
 
 
 # ------------------------------------------------------------------------------------- weights for sharing
 
-def test_a_weights_file_makes_the_runs_images_within_two_levels(trained, tmp_path, capsys):
-    file = tmp_path / "shared.pt"
-    assert export.main([str(trained), "--out", str(file)]) == 0
-    line = capsys.readouterr().out
-    assert f"{file}: {file.stat().st_size / 1e6:.1f} MB" in line and "levels of 255" in line
-    z = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    run, shared = (127.5 * Generator.from_file(path)(z) for path in (trained, file))
-    assert (run - shared).abs().max() <= 2 and run.std() > 1
-
-
-def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path):
+def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path, capsys):
     file, again = tmp_path / "shared.pt", tmp_path / "again.pt"
     assert export.main([str(trained), "--out", str(file), "--about", "drawn by a test"]) == 0
+    line = capsys.readouterr().out
+    assert f"{file}: {file.stat().st_size / 1e6:.1f} MB" in line and "levels of 255" in line
     saved, run = checkpoints.load(file), checkpoints.find(trained)[1]
     assert set(saved) == {"format", "constants", "ema", "counters", "axes", "about"}
     assert saved["ema"].keys() == run["ema"].keys() and {t.dtype for t in saved["ema"].values()} == {torch.float16}
@@ -129,6 +120,9 @@ def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trai
     assert saved["constants"] == {**run["constants"], "DATA": "photos", "RUNS_DIR": config.RUNS_DIR}
     assert all(torch.equal(saved["axes"][name], run["axes"][name]) for name in ("mean", "axes", "deviations"))
     assert str(trained.parent.parent).encode() not in file.read_bytes()
+    z = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    images, shared = (127.5 * Generator.from_file(path)(z) for path in (trained, file))
+    assert (images - shared).abs().max() <= 2 and images.std() > 1
     assert export.main([str(file), "--out", str(again)]) == 0                # a shared file can be exported too
     assert checkpoints.load(again)["about"] == {"text": "drawn by a test"}
 
@@ -171,15 +165,13 @@ def test_a_checkpoint_without_axes_gives_a_page_and_weights_without_axes(trained
 
 
 @pytest.mark.parametrize("argv,words", [
-    ("{run}", "nothing to do"), ("{run} --out {tmp}/a.zip", ".onnx or .pt"), ("{run} --out {tmp}/a", ".onnx or .pt"),
-    ("{tmp}/none --out {tmp}/a.pt", "no such run"), ("{tmp}/file --out {tmp}/a.pt", "not a readable checkpoint"),
-    ("{tmp}/in --out a.pt", "contains no checkpoint"), ("{run} --out {tmp}/file/a.pt", "{tmp}/file"),
-    ("{run} --out {checkpoint}", "give another name"), ("{run} --out {tmp}/a.pt --ort {tmp}/dist", "--web"),
+    ("{run}", "nothing to do"), ("{run} --out {tmp}/a.zip", ".onnx or .pt"), ("{tmp}/none --out a.pt", "no such run"),
+    ("{run} --out {tmp}/file/a.pt", "{tmp}/file"), ("{run} --out {checkpoint}", "give another name"),
+    ("{run} --out {tmp}/a.pt --ort {tmp}/dist", "--web"), ("{run} --web {tmp}/page", "npm, which"),
     ("{run} --web {tmp}/page --ort {tmp}/in", "contains no ort.wasm"),
-    ("{run} --web {tmp}/in --ort {tmp}/dist", "other files"), ("{run} --web {tmp}/file --ort {tmp}/dist", "{tmp}/file"),
-    ("{run} --web {tmp}/page", "npm, which"), ("--out {tmp}/a.pt", "run")])
-def test_invalid_input_is_one_line_status_2_and_writes_nothing(trained, made, dist, monkeypatch, tmp_path, capsys, argv,
-                                                               words):
+    ("{run} --web {tmp}/in --ort {tmp}/dist", "other files"),
+    ("{run} --web {tmp}/file --ort {tmp}/dist", "{tmp}/file")])
+def test_invalid_input_is_one_line_and_writes_nothing(trained, made, dist, monkeypatch, tmp_path, capsys, argv, words):
     monkeypatch.setattr(shutil, "which", lambda name: None)                 # a machine without npm
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "in").mkdir()
@@ -219,119 +211,104 @@ def test_npm_that_fails_is_one_line_and_leaves_nothing(trained, made, monkeypatc
 # ------------------------------------------------------------------------------------- in a browser
 
 def pixels(browser):
-    """The image on the page, int (H, W, 3)."""
+    """Returns the image on the page, int (H, W, 3)."""
     text = browser.value("document.querySelector('canvas').toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2]))).convert("RGB")).astype(int)
 
 
-@pytest.fixture
-def browser(tmp_path):
-    browser = Chromium(tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
 @pytest.fixture(scope="module")
-def page(trained, model, tmp_path_factory):
-    """The folder of a page with the real onnxruntime-web, from the folder ORT_WEB_DIST or from npm."""
-    folder = tmp_path_factory.mktemp("web") / "page"
-    given = os.environ.get("ORT_WEB_DIST")
+def site(trained, model, tmp_path_factory):
+    """(folder, address) of a site on localhost. Its subfolder `page` is a page with the real onnxruntime-web, from the
+    folder ORT_WEB_DIST or from npm."""
+    folder, given = tmp_path_factory.mktemp("web"), os.environ.get("ORT_WEB_DIST")
     if given is None and shutil.which("npm") is None:
         pytest.skip("no onnxruntime-web: npm is not installed, and ORT_WEB_DIST names no folder with it")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
         patch.setattr(export, "to_onnx", lambda generator, latent_dim: model[0])
-        status = export.main([str(trained), "--web", str(folder), *(["--ort", given] if given else [])])
+        status = export.main([str(trained), "--web", str(folder / "page"), *(["--ort", given] if given else [])])
     if status == 2 and "npm pack" in printed.getvalue():
         pytest.skip(f"no onnxruntime-web: {printed.getvalue().strip()}")
     assert status == 0, printed.getvalue()
-    return folder
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
 
 
 @pytest.fixture
-def serve():
-    """serve(folder) serves a folder on localhost and returns its address."""
-    with contextlib.ExitStack() as stack:
-        def start(folder):
-            handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            stack.callback(server.shutdown)
-            return f"http://127.0.0.1:{server.server_address[1]}/"
-        yield start
+def page(browser, site):
+    """The browser with the page open and its first image drawn."""
+    browser.open(site[1] + "page/")
+    browser.wait(READY)
+    return browser
 
 
-READY = "document.readyState === 'complete' && !document.querySelector('#new').disabled && !drawing"
+READY = "!document.querySelector('#new').disabled && !drawing"
 
 
 @pytest.mark.slow
-def test_the_page_shows_torchs_images_and_answers_click_slider_key_and_walk(trained, browser, page, serve):
+def test_the_page_shows_torchs_images_and_answers_click_slider_key_and_walk(trained, page, site):
     def torchs(z):
         return 127.5 * (Generator.from_file(trained)(z[None])[0].permute(1, 2, 0).numpy() + 1)
 
-    address = serve(page)
-    browser.call("Page.navigate", url=address)
-    browser.wait(READY)
-    first = pixels(browser)
-    z = torch.tensor(browser.value("Array.from(normals(1, 16))"))
+    first, z = pixels(page), torch.tensor(page.value("Array.from(normals(1, 16))"))
     assert first.shape == (32, 32, 3) and np.abs(first - torchs(z)).max() <= 1
 
-    browser.value("document.querySelector('#new').click()")
-    browser.wait(f"document.querySelector('#status').textContent !== 'Number 1' && {READY}")
-    assert np.abs(pixels(browser) - first).max() > 1
+    page.value("document.querySelector('#new').click()")
+    page.wait(f"document.querySelector('#status').textContent !== 'Number 1' && {READY}")
+    assert np.abs(pixels(page) - first).max() > 1
 
-    browser.value("document.querySelector('#number').value = 1; document.querySelector('#number').focus()")
-    browser.press("Enter")
-    browser.wait(f"document.querySelector('#status').textContent === 'Number 1' && {READY}")
-    assert np.array_equal(pixels(browser), first)
+    page.value("document.querySelector('#number').value = 1; document.querySelector('#number').focus()")
+    page.press("Enter")
+    page.wait(f"document.querySelector('#status').textContent === 'Number 1' && {READY}")
+    assert np.array_equal(pixels(page), first)
 
-    browser.value("document.querySelector('#axis2').focus()")
+    page.value("document.querySelector('#axis2').focus()")
     for _ in range(10):
-        browser.press("ArrowRight")
-    browser.wait(f"document.querySelector('#value2').textContent === '+1.0' && {READY}")
+        page.press("ArrowRight")
+    page.wait(f"document.querySelector('#value2').textContent === '+1.0' && {READY}")
     axes = checkpoints.find(trained)[1]["axes"]
     moved = torchs(z + axes["deviations"][2] * axes["axes"][2])
-    assert np.abs(pixels(browser) - moved).max() <= 1 < np.abs(pixels(browser) - first).max()
-    browser.value("document.querySelector('#reset').click()")
-    browser.wait(f"document.querySelector('#value2').textContent === '0.0' && {READY}")
-    assert np.array_equal(pixels(browser), first)
+    assert np.abs(pixels(page) - moved).max() <= 1 < np.abs(pixels(page) - first).max()
+    page.value("document.querySelector('#reset').click()")
+    page.wait(f"document.querySelector('#value2').textContent === '0.0' && {READY}")
+    assert np.array_equal(pixels(page), first)
 
-    browser.value("document.querySelector('#walk').click()")
-    browser.wait("position > 1.2")
-    walked = pixels(browser)
-    browser.wait(f"position > {browser.value('position')} + 0.1")
-    assert np.abs(pixels(browser) - walked).max() > 0
-    browser.value("document.querySelector('#walk').click()")
-    browser.wait(f"!walking && {READY}")
+    page.value("document.querySelector('#walk').click()")
+    page.wait("position > 1.2")
+    walked = pixels(page)
+    page.wait(f"position > {page.value('position')} + 0.1")
+    assert np.abs(pixels(page) - walked).max() > 0
+    page.value("document.querySelector('#walk').click()")
+    page.wait(f"!walking && {READY}")
 
-    asked = {e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"}
-    assert all(url.startswith((address, "data:,")) for url in asked) and len(asked) >= 5, asked
-    assert not [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"
-                or (e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] in ("error", "warning"))]
+    asked = {e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"}
+    assert all(url.startswith((site[1], "data:,", "about:")) for url in asked) and len(asked) >= 5, asked
+    assert page.complaints() == []
 
 
 @pytest.mark.slow
-def test_the_pages_draws_are_normal_and_its_paths_those_of_latent_space(browser, page, serve):
-    browser.call("Page.navigate", url=serve(page))
-    browser.wait(READY)
-    values = np.array(browser.value("Array.from(normals(5, 20000))"))
+def test_the_pages_draws_are_normal_and_its_paths_those_of_latent_space(page):
+    values = np.array(page.value("Array.from(normals(5, 20000))"))
     assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.02 and abs((values ** 3).mean()) < 0.1
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
-    a, b = (torch.tensor(browser.value(f"Array.from(normals({n}, 16))")) for n in (5, 6))
+    a, b = (torch.tensor(page.value(f"Array.from(normals({n}, 16))")) for n in (5, 6))
     for t in (0.0, 0.3, 1.0):
-        got = torch.tensor(browser.value(f"Array.from(spherical(normals(5, 16), normals(6, 16), {t}))"))
+        got = torch.tensor(page.value(f"Array.from(spherical(normals(5, 16), normals(6, 16), {t}))"))
         torch.testing.assert_close(got, latent_space.spherical(a, b, torch.tensor(t)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gone", ["file", "model.onnx", "model.json", export.ORT_FILES[1]])
-def test_a_page_that_cannot_load_its_model_says_why(browser, page, serve, tmp_path, gone):
-    folder = tmp_path / "broken"
-    shutil.copytree(page, folder)
-    if gone != "file":
-        (folder / gone).unlink()
-    browser.call("Page.navigate", url=f"{folder.as_uri()}/index.html" if gone == "file" else serve(folder))
+@pytest.mark.parametrize("gone,words", [("model.onnx", ""), ("model.json", "model.json: 404"),
+                                        (export.ORT_FILES[1], ""), (None, "python -m http.server")])
+def test_a_page_that_cannot_load_its_model_says_why(browser, site, gone, words):
+    folder, address = site
+    shutil.copytree(folder / "page", folder / f"without_{gone}")
+    if gone:
+        (folder / f"without_{gone}" / gone).unlink()
+    browser.open(f"{address if gone else folder.as_uri() + '/'}without_{gone}/index.html")     # None: without a server
     browser.wait("document.querySelector('#error')?.hidden === false")
     text = browser.value("document.querySelector('#error').innerText")
-    assert text.startswith("The page cannot draw: ") and browser.value("document.querySelector('#new').disabled")
-    assert gone != "file" or "python -m http.server" in text
-    assert gone != "model.json" or "model.json: 404" in text
+    assert text.startswith("The page cannot draw: ") and words in text
+    assert browser.value("document.querySelector('#new').disabled")
