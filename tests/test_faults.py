@@ -163,6 +163,16 @@ def test_a_run_that_cannot_write_its_first_checkpoint_is_refused(run, capsys, li
 ROLLBACK = ("--nan-patience", "2", "--checkpoint-every", "2")
 
 
+def test_an_update_that_is_not_finite_is_logged_with_its_values(run, tmp_path, capsys, monkeypatch):
+    poison(monkeypatch, lambda step, rollbacks: step == 2)
+    assert run("--steps", "5") == 0
+    out = capsys.readouterr().out
+    assert "step 3: " in out and "not finite (1 in a row)" in out and "score_gap nan" in out
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4]
+    assert [line["skipped_updates"] for line in lines(tmp_path)] == [0, 2, 2]      # critic and generator
+    assert [line["score_gap"] is None for line in lines(tmp_path)] == [False, True, False]
+
+
 def test_a_run_rolls_back_max_rollbacks_times_over_all_starts_and_then_gives_up(run, tmp_path, capsys, monkeypatch):
     flags = (*ROLLBACK, "--max-rollbacks", "2", "--steps", "20")
     with monkeypatch.context() as patch:
