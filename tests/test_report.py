@@ -31,7 +31,7 @@ def make_run(folder, steps=(0, 50, 100), side=16, lines=30, **values):
             if kind == "alpha":
                 sheet = pictures.beside(sheet, np.zeros((2 * side, 20, 3), np.uint8))        # where the scale is
             pictures.save_picture(f"{name}_{kind}.png", sheet)
-        pictures.save_animation(f"{name}_video.gif", [np.full((side, side, 3), 40 * t, np.uint8) for t in range(4)], 8)
+        pictures.save_video(f"{name}_video.gif", [np.full((side, side, 3), 40 * t, np.uint8) for t in range(4)], 8)
     values = {"score_gap": lambda step: 5 + step / 100, "gradient_norm": 1.25, "alpha_mean": 3.0, "alpha_min": 2.0,
               "alpha_max": 4.0, "seconds": lambda step: step / 2, "images_seen": lambda step: 16 * step, **values}
     with open(folder / "metrics.jsonl", "w") as log:
