@@ -59,11 +59,8 @@ def test_frechet_distance_with_fewer_points_than_features_and_with_one_feature()
 
 
 def test_frechet_distance_refuses_features_that_are_not_finite():
-    a = points(10, 4)
-    b = a.clone()
-    b[0, 0] = math.nan
     with pytest.raises(RuntimeError):
-        metrics.frechet_distance(b, a)
+        metrics.frechet_distance(points(10, 4).log(), points(10, 4))
 
 
 def test_kernel_distance_equals_torchmetrics():
@@ -72,9 +69,8 @@ def test_kernel_distance_equals_torchmetrics():
 
 
 def kernel_distances_of_draws(shift):
-    found = [metrics.kernel_distance(points(60, 4, seed=2 * i), points(40, 4, seed=2 * i + 1) + shift)
-             for i in range(300)]
-    return np.array(found).T
+    pairs = [(points(60, 4, seed=2 * i), points(40, 4, seed=2 * i + 1) + shift) for i in range(300)]
+    return np.array([metrics.kernel_distance(a, b) for a, b in pairs]).T
 
 
 def test_kernel_distance_of_one_distribution_is_0_on_average():
@@ -158,13 +154,6 @@ def test_wasserstein_distance_in_one_dimension_equals_scipys(n, m):
     assert found == pytest.approx(scipy.stats.wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-12)
 
 
-def test_wasserstein_distance_of_a_shift_is_the_closed_form_for_uniform_directions():
-    """E|<c, w>| = |c| * Gamma(D/2) / (sqrt(pi) * Gamma((D+1)/2)) for w uniform on the unit sphere."""
-    x, c = points(2, 147), points(1, 147, seed=1)
-    expected = c.norm().item() * math.exp(math.lgamma(147 / 2) - math.lgamma(148 / 2)) / math.sqrt(math.pi)
-    assert metrics.sliced_wasserstein_of_points(x, x + c, rng(), 20_000) == pytest.approx(expected, rel=0.03)
-
-
 # ------------------------------------------------------------------------------------- images
 
 def test_absolute_error_is_in_levels_and_per_image():
@@ -173,9 +162,8 @@ def test_absolute_error_is_in_levels_and_per_image():
     assert metrics.absolute_error(dark, other).tolist() == [40, 7]
 
 
-@pytest.mark.parametrize("height, width, expected", [
-    (32, 32, [32, 16]), (48, 48, [48, 24]), (128, 128, [128, 64, 32, 16]), (131, 131, [131, 66, 33, 17]),
-    (31, 31, [31, 16]), (30, 30, [30]), (64, 98, [64, 32, 16])])
+@pytest.mark.parametrize("height, width, expected", [(131, 131, [131, 66, 33, 17]), (31, 31, [31, 16]), (30, 30, [30]),
+                                                     (64, 98, [64, 32, 16])])
 def test_pyramid_levels_halve_down_to_16_pixels(height, width, expected):
     levels = metrics.laplacian_pyramid(torch.zeros(1, 1, height, width))
     assert [min(level.shape[2:]) for level in levels] == expected
@@ -200,12 +188,6 @@ def test_sliced_wasserstein_of_a_set_and_itself_is_0_and_its_mean_is_over_levels
     assert distance(discs(40), discs(40)) == ({32: 0.0, 16: 0.0}, 0)
     levels, mean = distance(discs(20, 64), noise(20, 64))
     assert list(levels) == [64, 32, 16] and mean == pytest.approx(np.mean(list(levels.values())))
-
-
-def test_sliced_wasserstein_grows_with_noise():
-    clean = discs(100)
-    means = [distance(discs(100, seed=1) + s * noise(100), clean)[1] for s in (0.0, 0.1, 0.3, 1.0)]
-    assert means == sorted(means) and means[3] > 4 * means[0]
 
 
 def test_sliced_wasserstein_is_symmetric_for_sets_of_different_sizes():
@@ -244,24 +226,21 @@ def test_sliced_wasserstein_ignores_brightness_and_contrast_that_all_images_shar
 
 def test_sliced_wasserstein_takes_uint8_and_float_images():
     levels = ((discs(30) + 1) * 127.5).round().to(torch.uint8)
-    floats = levels.float() / 127.5 - 1
-    assert distance(levels, noise(30)) == distance(floats, noise(30))
-    assert distance(levels, floats)[1] < 1e-3
+    assert distance(levels, noise(30)) == distance(levels.float() / 127.5 - 1, noise(30))
 
 
 def test_sliced_wasserstein_counts_images_beyond_the_first_group():
     images = discs(metrics.IMAGE_GROUP + 40, 16)
-    changed = torch.cat([images[:metrics.IMAGE_GROUP], noise(40, 16)])
-    assert distance(images, changed)[1] > 20
+    assert distance(images, torch.cat([images[:-40], noise(40, 16)]))[1] > 20
 
 
-def test_sliced_wasserstein_cuts_patches_in_every_corner():
+@pytest.mark.parametrize("row, column", [(0, 0), (0, 15), (15, 0), (15, 15)])
+def test_sliced_wasserstein_cuts_patches_in_every_corner(row, column):
     """A dot in any corner changes the distance; the one level of a 16 x 16 image is not blurred."""
-    for row, column in ((0, 0), (0, 15), (15, 0), (15, 15)):
-        images = discs(20, 16) * 0.1
-        dotted = images.clone()
-        dotted[:, :, row, column] = 1
-        assert distance(images, dotted)[1] > 10
+    images = discs(20, 16) * 0.1
+    dotted = images.clone()
+    dotted[:, :, row, column] = 1
+    assert distance(images, dotted)[1] > 10
 
 
 def test_sliced_wasserstein_depends_on_its_seed_and_leaves_the_global_generators_alone():
@@ -272,10 +251,8 @@ def test_sliced_wasserstein_depends_on_its_seed_and_leaves_the_global_generators
 
 
 @pytest.mark.parametrize("a, b, message", [
-    (noise(4), noise(4, 48), "images must be"),
-    (noise(4), noise(4)[:, :1], "images must be"),
-    (noise(4)[0], noise(4)[0], "images must be"),
-    (noise(0), noise(4), "at least 1"),
+    (noise(4), noise(4, 48), "images must be"), (noise(4), noise(4)[:, :1], "images must be"),
+    (noise(4)[0], noise(4)[0], "images must be"), (noise(0), noise(4), "at least 1"),
     (noise(4, 15), noise(4, 15), "16 x 16 pixels or more")])
 def test_sliced_wasserstein_refuses_sets_of_wrong_shapes(a, b, message):
     with pytest.raises(ValueError, match=message):
