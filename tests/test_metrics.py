@@ -130,7 +130,7 @@ def test_nearest_equals_scipys_tree_for_any_block_size(block):
 def test_nearest_leaves_out_the_point_itself_but_not_its_copy():
     b = points(20, 6)
     b[17] = b[3]
-    found, index = metrics.nearest(b[[3, 5, 5]], b.split(6), torch.tensor([3, 5, -1]))
+    found, index = metrics.nearest(b[[3, 5, 5]], b.split(4), torch.tensor([3, 5, -1]))
     assert (index[0], found[0]) == (17, 0) and (index[2], found[2]) == (5, 0)
     assert found[1] == pytest.approx(sorted((b - b[5]).norm(dim=1).tolist())[1])
     assert metrics.nearest(b[:1], [b[:1]], torch.tensor([0]))[0].item() == math.inf
@@ -152,6 +152,13 @@ def test_wasserstein_distance_in_one_dimension_equals_scipys(n, m):
     x, y = points(n, 1), points(m, 1, seed=1) * 2 + 1
     found = metrics.sliced_wasserstein_of_points(x, y, rng(), projections=2 * metrics.PROJECTION_GROUP + 3)
     assert found == pytest.approx(scipy.stats.wasserstein_distance(x[:, 0], y[:, 0]), rel=1e-12)
+
+
+def test_wasserstein_distance_of_a_shift_is_the_closed_form_for_uniform_directions():
+    """E|<c, w>| = |c| * Gamma(D/2) / (sqrt(pi) * Gamma((D+1)/2)) for w uniform on the unit sphere."""
+    x, c = points(2, 147), points(1, 147, seed=1)
+    expected = c.norm().item() * math.exp(math.lgamma(147 / 2) - math.lgamma(148 / 2)) / math.sqrt(math.pi)
+    assert metrics.sliced_wasserstein_of_points(x, x + c, rng(), 20_000) == pytest.approx(expected, rel=0.03)
 
 
 # ------------------------------------------------------------------------------------- images
