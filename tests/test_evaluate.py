@@ -145,6 +145,7 @@ def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
 @pytest.mark.parametrize("body, words", [
     ("return x.mean((1, 2, 3))", "float32 (3,)"),
     ("return x.mean((2, 3)) / 0", "finite"),
+    ("return x.mean((2, 3))[1:]", "float32 (2, 3)"),
     ("return x.mean((2, 3)).long()", "int64 (3, 3)"),
     ("return [x.mean((2, 3))]", "list"),
     ("return x.flatten(1) @ torch.ones([7, 2])", "(3, 3, 32, 32)"),
