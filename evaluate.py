@@ -75,11 +75,8 @@ def progress(parts: Sequence, description: str) -> tqdm:
 
 @dataclass
 class Extractor:
-    """uint8 images (N, 1 or 3, H, W) on the CPU -> features (N, D), float32 on the CPU.
-
-    network: float32 (N, 3, H, W) in [0, 1] on `device` -> (N, D). name: for the output. Calls raise InputError if the
-    network returns anything but finite floats of that shape.
-    """
+    """uint8 images (N, 1 or 3, H, W) -> features (N, D), float32, both on the CPU. Raises InputError if the network,
+    float32 (N, 3, H, W) in [0, 1] on `device` -> (N, D), returns anything but finite floats of that shape."""
 
     network: Callable[[Tensor], Tensor]
     name: str
@@ -91,9 +88,9 @@ class Extractor:
         batch = CPU_FEATURES_BATCH if torch.device(self.device).type == "cpu" else BATCH
         for pixels in progress(images.split(batch), "features"):
             found = self.network((pixels.to(self.device).float() / 255).expand(-1, 3, -1, -1))
-            what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             if not (isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(pixels)
                     and found.is_floating_point() and found.isfinite().all()):
+                what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
                 raise InputError(f"--extractor {self.name}: returned {what} for {len(pixels)} images, must return "
                                  f"finite floats ({len(pixels)}, D)")
             parts.append(found.float().cpu())
@@ -138,7 +135,7 @@ def torchvision_extractor(name: str, choices: list[WeightsEnum], device: torch.d
     if package is not None:
         folders += [Path(folder) / "weights" for folder in package.submodule_search_locations]
     candidates = ((weights, folder / Path(weights.url).name) for weights in choices for folder in folders)
-    weights, file = next(((weights, file) for weights, file in candidates if file.is_file()), (None, None))
+    weights, file = next((found for found in candidates if found[1].is_file()), (None, None))
     if file is None:
         return None
     # These two convert images to another normalisation, which their weights were trained with.
@@ -248,12 +245,12 @@ def print_value(name: str, value: float, meaning: str) -> None:
 
 def print_scores(found: dict[str, float], extractor: Extractor | None) -> None:
     """Prints the result of `scores`, each with its meaning."""
-    if extractor is not None:
+    if extractor:
         print_value("Frechet distance", found["frechet"], extractor.name)
         print_value("KID x 1000", found["kid"], f"standard error {found['kid_error']:.2f}; same features")
         print_value("precision", found["precision"], "share of the images within the real set; same features")
         print_value("recall", found["recall"], "share of the real images within the set; same features")
-    points = "same features" if extractor is not None else f"images at {THUMBNAIL} px"
+    points = "same features" if extractor else f"images at {THUMBNAIL} px"
     print_value("diversity", found["diversity"], f"mean distance between two images / between two real ones; {points}")
     print_value("sliced Wasserstein", found["sliced_wasserstein"], "mean over the levels of a Laplacian pyramid")
 
@@ -269,21 +266,20 @@ def check_copies(generated: Tensor, image_set: ImageSet) -> np.ndarray:
     if none is held out, with training images and the nearest other one. Returns a sheet of the closest pairs: a
     generated image, to its right the training image."""
     train, held_out = image_set.train, image_set.held_out
-    kind = "held-out images" if len(held_out) else "training images"
-    positions = shuffled(np.arange(len(held_out) or len(train)))[:COPY_CHECK]
-    compared = (held_out if len(held_out) else train)[positions]
-    own = torch.full((len(generated) + len(compared),), -1)
+    kind, others = ("held-out images", held_out) if len(held_out) else ("training images", train)
+    positions = shuffled(np.arange(len(others)))[:COPY_CHECK]
+    own = torch.full((len(generated) + len(positions),), -1)
     if not len(held_out):
         own[len(generated):] = torch.from_numpy(positions)
-    points = torch.cat([thumbnails(generated), thumbnails(data.read_batch(image_set, compared))])
+    points = thumbnails(torch.cat([generated, data.read_batch(image_set, others[positions])]))
     parts = progress(np.split(train, range(BATCH, len(train), BATCH)), "copy check")
     distance, index = metrics.nearest(points, (thumbnails(data.read_batch(image_set, part)) for part in parts), own)
 
-    distance, of_compared = distance.split([len(generated), len(compared)])
+    distance, of_compared = distance.split([len(generated), len(positions)])
     for percent in (1, 5):
         share = (distance <= of_compared.quantile(percent / 100)).double().mean().item()
         print_value(f"copies, {percent}%", share, f"share of {len(distance)} images as near to a training image as the "
-                    f"nearest {percent}% of {len(compared)} {kind}; about {percent / 100} without copies")
+                    f"nearest {percent}% of {len(positions)} {kind}; about {percent / 100} without copies")
     print_value("nearest image", distance.median(), f"median distance to the nearest of {len(train):,} training "
                 f"images, RMS in levels at {THUMBNAIL} px; {of_compared.median():.3f} for {kind}")
     if not len(held_out):
@@ -307,13 +303,12 @@ def reconstruct_folder(generator: Generator, image_set: ImageSet, count: int) ->
     Returns their rows in image_set.images (N,), mu (N, LATENT_DIM) and L1 errors (N,) in grey levels.
     """
     held_out, train = shuffled(image_set.held_out)[:count], shuffled(image_set.train)[:TRAINING_FACTOR * count]
-    rows, mus, l1_errors = np.concatenate([held_out, train]), [], []
+    rows, found = np.concatenate([held_out, train]), []
     for part in progress(np.split(rows, range(BATCH, len(rows), BATCH)), "reconstructing"):
         real = data.read_batch(image_set, part)
         mu, reconstruction = encode_and_reconstruct(generator, real)
-        mus.append(mu)
-        l1_errors.append(metrics.absolute_error(real, reconstruction))
-    mu, l1_errors = torch.cat(mus), torch.cat(l1_errors)
+        found.append((mu, metrics.absolute_error(real, reconstruction)))
+    mu, l1_errors = map(torch.cat, zip(*found))
     for kind, l1 in zip(("held-out", "training"), l1_errors.split([len(held_out), len(train)])):
         if len(l1):
             print_value("reconstruction L1", l1.mean(), f"levels of 255, mean over {len(l1):,} {kind} images")
@@ -349,13 +344,9 @@ def show_near_duplicates(image_set: ImageSet, rows: np.ndarray, mu: Tensor) -> n
 
 # ------------------------------------------------------------------------------------- command line
 
-def is_run(path: str) -> bool:
-    """Returns whether a path is a run or a checkpoint file, rather than a folder of images."""
-    return Path(path).is_file() or (Path(path) / "config.json").is_file() or (Path(path) / "checkpoints").is_dir()
-
-
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Returns the arguments, `out` with its default for a run. Raises InputError."""
+    """Returns the arguments, and as `is_run` whether the path is a run or a checkpoint file, rather than a folder of
+    images; `out` gets its default for a run. Raises InputError."""
     parser = command_line.Parser("evaluate.py", __doc__)
     parser.add_argument("path", metavar="RUN_OR_DIR", help="a run's folder, a checkpoint file, or a folder of images")
     parser.add_argument("--data", required=True, metavar="DIR", help="real images; for a run, its training images")
@@ -373,9 +364,10 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         raise InputError(f"--count {arguments.count} is invalid: must be {LEAST} or more")
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed} is invalid: must be 0 or more")
-    if is_run(arguments.path) and not arguments.out:
-        run = Path(arguments.path)
-        arguments.out = (Path() if run.is_file() else run) / "evaluation"
+    path = Path(arguments.path)
+    arguments.is_run = path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir()
+    if arguments.is_run and not arguments.out:
+        arguments.out = (Path() if path.is_file() else path) / "evaluation"
     return arguments
 
 
@@ -384,7 +376,7 @@ def start(argv: Sequence[str] | None) -> None:
     arguments = parse(argv)
     c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     device, generator = command_line.choose_device(arguments.device), None
-    if is_run(arguments.path):
+    if arguments.is_run:
         generator, c, _ = load_generator(arguments.path, device)
     extractor = choose_extractor(arguments.extractor, device)
     if extractor is None and arguments.extractor == "auto":

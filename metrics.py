@@ -4,8 +4,7 @@ Frechet distance, kernel distance, precision and recall compare features (N, D),
 from the images (evaluate.py). Diversity and nearest neighbours take any points (N, D).
 
 The sliced Wasserstein distance on Laplacian pyramids (Karras et al. 2018, "Progressive Growing of GANs", section 5)
-needs no pretrained network. It compares small patches, one scale at a time: texture, edges and colour combinations
-within 7 x 7 pixels of each scale, not objects.
+needs no pretrained network. It compares texture, edges and colours within 7 x 7 pixels of each scale, not objects.
 """
 
 from collections.abc import Iterable
@@ -33,10 +32,9 @@ def _check(a, b, dims, least):
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """||mean(a) - mean(b)||^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances (Heusel et al. 2017, equation 6).
 
-    a (N, D), b (M, D), N and M at least 2; computed in float64. Depends on N and M, because the estimate for finite
-    sets is biased: compare only distances with the same N and M, both above D. Only the distance on Inception-v3's
-    original 2048 features is called FID. Raises ValueError for other shapes, RuntimeError for features that are not
-    finite.
+    a (N, D), b (M, D), N and M at least 2; computed in float64. The estimate for finite sets is biased: compare only
+    distances with the same N and M, both above D. Only the distance on Inception-v3's original 2048 features is called
+    FID. Raises ValueError for other shapes, RuntimeError for features that are not finite.
     """
     _check(a, b, dims=2, least=2)
     a, b = a.double(), b.double()
@@ -63,14 +61,11 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def sums_within(x):                     # for each i, the sum over j other than i
-        rows = kernel(x, x)
-        return rows.sum(1) - rows.diagonal()
-
     def estimate(sum_a, n, sum_b, m, sum_ab):
         return sum_a / (n * (n - 1)) + sum_b / (m * (m - 1)) - 2 * sum_ab / (n * m)
 
-    n, m, rows_a, rows_b, across = len(a), len(b), sums_within(a), sums_within(b), kernel(a, b)
+    n, m, within_a, within_b, across = len(a), len(b), kernel(a, a), kernel(b, b), kernel(a, b)
+    rows_a, rows_b = (rows.sum(1) - rows.diagonal() for rows in (within_a, within_b))   # pairs of different points
     sum_a, sum_b, sum_ab = rows_a.sum(), rows_b.sum(), across.sum()
     without_a = estimate(sum_a - 2 * rows_a, n - 1, sum_b, m, sum_ab - across.sum(1))
     without_b = estimate(sum_a, n, sum_b - 2 * rows_b, m - 1, sum_ab - across.sum(0))
@@ -142,13 +137,11 @@ def nearest(points: Tensor, blocks: Iterable[Tensor], own: Tensor | None = None)
 
 
 def closest_pairs(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the pairs of each point and its nearest neighbour, each pair once, the closest first: indices (P, 2),
-    smaller index first, and distances (P,), divided by the median distance to a nearest neighbour.
-
-    points (N, D), N at least 2.
+    """Returns the pairs of each point and its nearest neighbour, each once, the closest first: indices (P, 2), smaller
+    index first, and distances (P,), divided by the median distance to a nearest neighbour. points (N, D), N at least 2.
     """
-    distance, neighbour = nearest(points, points.split(POINT_GROUP), own=torch.arange(len(points)))
     point = torch.arange(len(points))
+    distance, neighbour = nearest(points, points.split(POINT_GROUP), own=point)
     once = (neighbour[neighbour] != point) | (point < neighbour)            # mutual neighbours are one pair
     pairs = torch.stack([point, neighbour], dim=1).sort(dim=1).values[once]
     order = distance[once].argsort(stable=True)
@@ -181,8 +174,7 @@ def laplacian_pyramid(images: Tensor) -> list[Tensor]:
 def _blur(images):
     """Convolves each channel with (1, 4, 6, 4, 1) / 16 along both sides, reflected at the border."""
     channels = images.shape[1]
-    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype) / 16
-    kernel = kernel.expand(channels, 1, 1, 5)
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype).expand(channels, 1, 1, 5) / 16
     images = F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), kernel, groups=channels)
     return F.conv2d(images, kernel.mT, groups=channels)
 
@@ -194,36 +186,31 @@ def sliced_wasserstein(a: Tensor, b: Tensor, seed: int = 0, patches: int = 128,
     mean over the levels. A level's name is its shorter side in pixels.
 
     a (N, C, H, W), b (M, C, H, W), 16 x 16 pixels or more: uint8, or float in [-1, 1]. At each level, `patches` random
-    7 x 7 patches of each image are the points of its set. Each channel is normalised to mean 0 and standard deviation
-    1 over the set. The distance is sliced_wasserstein_of_points, times 1000 as in the paper's tables.
+    7 x 7 patches of each image are the points of its set, with each channel normalised to mean 0 and standard
+    deviation 1 over the set, as in the authors' program: a change of brightness or contrast that all images share does
+    not matter. The distance is sliced_wasserstein_of_points, times 1000 as in the paper's tables. Image i of both sets
+    is cut at the same places, where the paper draws them separately: a set's distance to itself is then 0.
 
-    Because each set is normalised by its own statistics, as in the authors' program, a change of brightness or
-    contrast that all images share does not change the distance. Image i of both sets is cut at the same places, where
-    the paper draws them separately: the function is then symmetric, and a set's distance to itself is 0.
-
-    Depends on N, M and `patches`: two halves of a set of drawn faces are 27 apart with 100 images each, 13 with 500,
-    11 with 1,000. For scale, at 64 px with 500 images each: faces against their blurred copies (3 x 3) 59, against
-    photographs 158, against noise 224. Takes 13 s on one CPU core for 1,000 images of 64 px each. Raises ValueError
-    for other shapes.
+    Depends on N, M and `patches`: two halves of a set of drawn faces are 27 apart with 100 images each, 11 with 1,000.
+    At 64 px with 500 images each, faces are 59 from their blurred copies (3 x 3), 158 from photographs, 224 from noise.
+    Takes 13 s on one CPU core for 1,000 images of 64 px each. Raises ValueError for other shapes.
     """
     _check(a, b, dims=4, least=1)
     if min(a.shape[2:]) < SMALLEST_LEVEL:
         raise ValueError(f"{tuple(a.shape)}: images must have {SMALLEST_LEVEL} x {SMALLEST_LEVEL} pixels or more")
     rng = torch.Generator().manual_seed(seed)
     distances = {}
-    for level, (height, width) in enumerate(part.shape[2:] for part in laplacian_pyramid(a[:1].float())):
+    for level, part in enumerate(laplacian_pyramid(a[:1].float())):
         top, left = (torch.randint(side - NEIGHBOURHOOD + 1, (max(len(a), len(b)), patches), generator=rng)
-                     for side in (height, width))
+                     for side in part.shape[2:])
         points = [_descriptors(images, level, top, left) for images in (a, b)]
-        distances[min(height, width)] = 1000 * sliced_wasserstein_of_points(*points, rng, projections)
+        distances[min(part.shape[2:])] = 1000 * sliced_wasserstein_of_points(*points, rng, projections)
     return distances, sum(distances.values()) / len(distances)
 
 
 def _descriptors(images, level, top, left):
-    """Returns the patches of one pyramid level as points, (N * patches, 49 * C), channels of mean 0 and deviation 1.
-
-    top, left (N or more, patches): the corners of each image's patches.
-    """
+    """Returns the patches of one pyramid level, whose corners are top and left (N or more, patches), as points
+    (N * patches, 49 * C), with channels of mean 0 and deviation 1."""
     points = []
     for part, rows, columns in zip(images.split(IMAGE_GROUP), top.split(IMAGE_GROUP), left.split(IMAGE_GROUP)):
         part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
@@ -243,8 +230,8 @@ def sliced_wasserstein_of_points(x: Tensor, y: Tensor, rng: torch.Generator, pro
     <y_j, w>: the distance between their sorted values (Rabin et al. 2011), or, where N and M differ, between their
     quantile functions, which is exact too. x (N, D), y (M, D) float.
     """
-    directions = F.normalize(torch.randn(projections, x.shape[1], generator=rng, dtype=torch.float64), dim=1)
-    directions = directions.to(x.dtype)
+    directions = torch.randn(projections, x.shape[1], generator=rng, dtype=torch.float64)
+    directions = F.normalize(directions, dim=1).to(x.dtype)
     n, m = len(x), len(y)
     # Quantile functions are constant between multiples of 1/n and of 1/m. Divide [0, 1] at all of these, in units of
     # 1/(n*m): piece k lies in step i[k] of x and in step j[k] of y.

@@ -38,8 +38,8 @@ KMEANS_PIXELS = 2 ** 17         # k-means refines the palettes of GIF frames up 
 def grid(images: Sequence[np.ndarray] | np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Returns the images side by side, row by row: uint8 (N, H, W, 1 or 3) -> (rows of H, columns of W, 3).
 
-    columns: at most N; None makes a sheet that is nearly square. gap: pixels between two images. Raises ValueError if
-    `images` has another type or shape, or is empty.
+    columns: None makes a sheet that is nearly square. gap: pixels between two images. Raises ValueError for another
+    type or shape, or no image.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
@@ -124,25 +124,22 @@ def heat_map(values: np.ndarray, low: float, high: float, log: bool = False) -> 
     return colours.round().astype(np.uint8)
 
 
-def colour_bar(low: float, high: float, height: int, log: bool = False) -> np.ndarray:
-    """Returns the scale of a heat map, (height, W, 3), high at the top, with high, middle and low written beside it.
+def heat_maps(values: np.ndarray, low: float, high: float, columns: int | None = None, log: bool = False) -> np.ndarray:
+    """Returns a grid of heat maps and, to its right, their scale, on which high, middle and low are written: float
+    (N, H, W) -> (H', W', 3).
 
     With log the middle is the geometric mean; it is left out below three lines of text. Raises as heat_map.
     """
+    maps = grid(heat_map(values, low, high, log), columns)
+    height = len(maps)
     fraction = np.linspace(1, 0, height)[:, None]
-    values = low * (high / low) ** fraction if log else low + (high - low) * fraction
-    bar = np.repeat(heat_map(values[None], low, high, log)[0], 2 * SPACE, axis=1)
+    scale = low * (high / low) ** fraction if log else low + (high - low) * fraction
+    bar = np.repeat(heat_map(scale[None], low, high, log)[0], 2 * SPACE, axis=1)
     middle = math.sqrt(low * high) if log else (low + high) / 2
     words = [(f"{high:.4g}", (0, 0), "lt"), (f"{low:.4g}", (0, height), "lb")]
     if height >= 3 * FONT_SIZE:
         words.append((f"{middle:.4g}", (0, height // 2), "lm"))
-    return beside(bar, _text(max(_font().getlength(text) for text, _, _ in words) + SPACE, height, words))
-
-
-def heat_maps(values: np.ndarray, low: float, high: float, columns: int | None = None, log: bool = False) -> np.ndarray:
-    """Returns a grid of heat maps with its scale beside it: float (N, H, W) -> (H', W', 3). Raises as heat_map."""
-    maps = grid(heat_map(values, low, high, log), columns)
-    return beside(maps, colour_bar(low, high, maps.shape[0], log))
+    return beside(maps, bar, _text(max(_font().getlength(text) for text, _, _ in words) + SPACE, height, words))
 
 
 # ------------------------------------------------------------------------------------- files
@@ -158,7 +155,7 @@ def save_picture(file: str | Path, picture: np.ndarray) -> None:
         raise ValueError(f"{file} is invalid: must be .png or .webp")
     image = Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
     with atomic_write(file) as handle:
-        image.save(handle, format=suffix[1:].upper(), quality=95)
+        image.save(handle, suffix[1:], quality=95)
 
 
 def check_video(file: str | Path, fps: float) -> None:
@@ -183,36 +180,27 @@ def check_video(file: str | Path, fps: float) -> None:
 def save_video(file: str | Path, frames: Iterable[np.ndarray], fps: float, loop: bool = True) -> None:
     """Writes frames as mp4, GIF or WebP, by the suffix, or without a suffix as a new folder of PNG files, atomically.
 
-    frames: uint8 (H, W, 3) of one size; an mp4 and a folder take them one at a time, so that memory does not grow with
-    the length. fps: 1 to 50, or 120 for mp4. loop: False makes a GIF or WebP play once; in an mp4 and a folder the
-    player decides. Raises InputError as check_video, and for frames of different sizes; OSError if the file cannot be
-    written.
+    frames: uint8 (H, W, 3) of one size, taken one at a time; only a GIF keeps one byte per pixel of every frame in
+    memory, and a WebP three. fps: 1 to 50, or 120 for mp4; a GIF keeps it on average, because its durations are
+    multiples of 10 ms. loop: False makes a GIF or WebP play once; in an mp4 and a folder the player decides. Raises
+    InputError as check_video, and for frames of different sizes; OSError if the file cannot be written.
     """
     check_video(file, fps)
-    suffix = Path(file).suffix.lower()
-    if suffix in SUFFIXES:
-        save_animation(file, frames, fps, loop)
-    elif suffix == ".mp4":
-        _save_mp4(file, _frame_images(file, frames), fps)
-    else:
-        _save_frames(Path(file), _frame_images(file, frames))
-
-
-def save_animation(file: str | Path, frames: Iterable[np.ndarray], fps: float, loop: bool = True) -> None:
-    """Writes frames, uint8 (H, W, 3) of one size, as an animated GIF or WebP, by the suffix, atomically.
-
-    A GIF keeps one byte per pixel of every frame in memory, a WebP three. fps: 1 to 50, kept on average, because a
-    GIF's durations are multiples of 10 ms. loop: False plays once. Raises as save_video.
-    """
     suffix, images = Path(file).suffix.lower(), _frame_images(file, frames)
-    if suffix == ".gif":
-        images = _gif_frames(images, fps)
-        options = {"loop": 0} if loop else {}
+    if suffix == "":
+        _save_frames(Path(file), images)
+    elif suffix == ".mp4":
+        _save_mp4(file, images, fps)
+    elif suffix == ".gif":
+        _save_animation(file, _gif_frames(images, fps), **({"loop": 0} if loop else {}))
     else:
-        options = {"loop": 0 if loop else 1, "duration": 1000 / fps, "quality": 90, "method": 4}
+        _save_animation(file, images, loop=0 if loop else 1, duration=1000 / fps, quality=90, method=4)
+
+
+def _save_animation(file, images, **options):
     first = next(images)
     with atomic_write(file) as handle:
-        first.save(handle, format=suffix[1:].upper(), save_all=True, append_images=images, **options)
+        first.save(handle, Path(file).suffix[1:], save_all=True, append_images=images, **options)
 
 
 def _save_mp4(file, images, fps):
@@ -245,8 +233,7 @@ def _save_frames(folder, images):
 
 
 def _frame_images(file, frames):
-    """Yields the frames as Pillow images. Raises InputError for no frame, or one that differs in size from the first.
-    """
+    """Yields the frames as Pillow images. Raises InputError for no frame, or one of another size than the first."""
     shape = None
     for number, frame in enumerate(frames):
         shape = shape or frame.shape

@@ -230,7 +230,7 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
     for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
-    pictures.save_animation(folder / f"{name}_video.gif", video, fps=8)
+    pictures.save_video(folder / f"{name}_video.gif", video, fps=8)
 
 
 # ------------------------------------------------------------------------------------- log

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.spatial
 import torch
 import torchvision
 from conftest import SMALL
@@ -22,9 +23,12 @@ import training
 from errors import InputError
 
 
-def images(count=3, side=40, channels=3):
-    return torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(0))
+def noise(count, side=32, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def to_tensor(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------- torchvision's classifiers
@@ -58,14 +62,13 @@ def relative_difference(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("name, layer", [("squeezenet1_1", "classifier.1"), ("shufflenet_v2_x0_5", "fc"),
-                                         ("densenet121", "classifier")])
+@pytest.mark.parametrize("name, layer", [("squeezenet1_1", "classifier.1"), ("densenet121", "classifier")])
 def test_features_are_the_input_of_the_last_layer(hub, name, layer):
     weights = torchvision.models.get_model_weights(name).DEFAULT
     network = torchvision.models.get_model(name).eval()
     save_random_weights(hub, network, weights)
     extractor = evaluate.choose_extractor(name, "cpu")
-    pixels, seen = images(2, side=300), []                  # larger than 224 px, so that antialiasing matters
+    pixels, seen = to_tensor(noise(2, 300)), []                # larger than 224 px, so that antialiasing matters
     found = extractor(pixels)
     network.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -82,19 +85,18 @@ def test_networks_with_another_normalisation_apply_it(hub):
     save_random_weights(hub, torchvision.models.googlenet(init_weights=False), weights)
     network = torchvision.models.googlenet(weights=weights).eval()
     network.fc = nn.Identity()
+    pixels = to_tensor(noise(2))
     with torch.no_grad():
-        expected = network(as_trained(images(2), weights))
-    assert relative_difference(evaluate.choose_extractor("googlenet", "cpu")(images(2)), expected) < 1e-3
+        expected = network(as_trained(pixels, weights))
+    assert relative_difference(evaluate.choose_extractor("googlenet", "cpu")(pixels), expected) < 1e-3
 
 
 def test_mobilenets_weights_give_useful_features():
     extractor = evaluate.find_extractor("cpu")
     if extractor is None:
         pytest.skip("the weights of MobileNetV2 are not on this machine")
-    found, grey = extractor(images()), extractor(images()[:, :1])
+    found = extractor(to_tensor(noise(3)))
     assert found.shape == (3, 1280) and found.std() > 0.05
-    torch.testing.assert_close(grey, extractor(images()[:, :1].expand(-1, 3, -1, -1)))
-    assert (grey - found).abs().max() > 0.1
 
 
 def test_missing_weights_are_named_with_their_folder(hub):
@@ -135,7 +137,7 @@ def write_torchscript(file, body):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
     file = write_torchscript(tmp_path / "means.pt", "return x.mean((2, 3))")
-    pixels = images(evaluate.CPU_FEATURES_BATCH + 1, channels=channels)
+    pixels = to_tensor(noise(evaluate.CPU_FEATURES_BATCH + 1))[:, :channels]
     found = evaluate.choose_extractor(file, "cpu")(pixels)
     torch.testing.assert_close(found, pixels.double().mean((2, 3)).expand(-1, 3).float() / 255)
 
@@ -143,14 +145,15 @@ def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
 @pytest.mark.parametrize("body, words", [
     ("return x.mean((1, 2, 3))", "float32 (3,)"),
     ("return x.mean((2, 3)) / 0", "finite"),
+    ("return x.mean((2, 3))[1:]", "float32 (2, 3)"),
     ("return x.mean((2, 3)).long()", "int64 (3, 3)"),
     ("return [x.mean((2, 3))]", "list"),
-    ("return x.flatten(1) @ torch.ones([7, 2])", "(3, 3, 40, 40)"),
+    ("return x.flatten(1) @ torch.ones([7, 2])", "(3, 3, 32, 32)"),
     ("raise Exception('images of 299 px, please')", "299 px, please")])
 def test_a_torchscript_file_that_is_no_extractor_is_refused_in_one_line(tmp_path, body, words):
     file = write_torchscript(tmp_path / "net.pt", body)
     with pytest.raises(InputError) as caught:
-        evaluate.choose_extractor(file, "cpu")(images())
+        evaluate.choose_extractor(file, "cpu")(to_tensor(noise(3)))
     line = str(caught.value)
     assert words in line and file in line and "\n" not in line and len(line) < 500
 
@@ -187,14 +190,6 @@ def image_set(images, held_out=0):
     return data.ImageSet(images, names, rows[:len(rows) - held_out], rows[len(rows) - held_out:], [])
 
 
-def noise(count, side=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-
-
-def to_tensor(images):
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
 def numbers(text):
     """Returns {name: number} of the lines that begin with a score's name."""
     names = ("Frechet distance", "KID x 1000", "precision", "recall", "diversity", "sliced Wasserstein", "copies, 1%",
@@ -218,13 +213,6 @@ def test_samples_are_distinct_training_images_that_depend_on_the_seed():
     assert len(set(rows)) == 10 and len(evaluate.sample_images(of, 100)) == 30
     assert torch.equal(found, evaluate.sample_images(of, 10))
     assert not torch.equal(found, evaluate.sample_images(of, 10, seed=1))
-
-
-def test_distance_of_thumbnails_is_the_root_mean_square_in_levels():
-    plain = torch.full((2, 3, 48, 48), 100, dtype=torch.uint8)
-    plain[1] += 30
-    a, b = evaluate.thumbnails(plain)
-    assert (a - b).norm().item() == pytest.approx(30)
 
 
 def test_scores_use_given_features_and_tell_precision_from_recall():
@@ -253,17 +241,12 @@ def test_copy_check_compares_with_held_out_images_if_there_are_any(held_out, cap
     real[100] = real[3]                                  # a held-out image equals a training image
     evaluate.check_copies(to_tensor(one), image_set(real, held_out))
     out = capsys.readouterr().out
-    train = real[:120 - held_out].reshape(120 - held_out, -1).astype(float)
-
-    def to_nearest(image, among):
-        return np.sqrt(((image.reshape(-1) - among) ** 2).mean(1)).min()
-
-    if held_out:
-        expected = np.median([to_nearest(image, train) for image in real[80:]])
-    else:
-        expected = np.median([to_nearest(image, np.delete(train, i, 0)) for i, image in enumerate(real)])
+    levels = np.concatenate([one, real]).reshape(121, -1).astype(float)
+    distances = scipy.spatial.distance.cdist(levels, levels) / levels.shape[1] ** 0.5 + np.diag([np.inf] * 121)
+    to_train = distances[:, 1:121 - held_out].min(1)
     line, = (line for line in out.splitlines() if line.startswith("nearest image"))
-    assert numbers(line)["nearest image"] == pytest.approx(to_nearest(one, train), abs=1e-3)
+    assert numbers(line)["nearest image"] == pytest.approx(to_train[0], abs=1e-3)
+    expected = np.median(to_train[81:] if held_out else to_train[1:])
     assert float(line.split(";")[1].split()[0]) == pytest.approx(expected, rel=0.005)       # torch's median is lower
     assert ("40 held-out images" in out) == bool(held_out) != ("no image is held out" in out)
 
@@ -361,27 +344,23 @@ def test_a_copied_folder_is_reported_as_copies_and_needs_no_weights(tmp_path, mo
     assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["copies.png"]
 
 
-def test_the_seed_determines_the_scores_of_a_run(trained, monkeypatch, capsys, stand_in):
+def test_a_run_gets_its_sheets_a_list_of_existing_files_and_scores_that_depend_on_the_seed(
+        trained, monkeypatch, capsys, stand_in):
     monkeypatch.chdir(trained)
     outputs = []
     for extra in ([], [], ["--seed", "1"]):
         assert evaluate.main(["runs/real", "--data", "real", "--count", "16", *extra]) == 0
         outputs.append(capsys.readouterr().out)
-    assert "16 images against 16 real images, 32 px" in outputs[0]
-    assert outputs[0] == outputs[1] != outputs[2]
-
-
-def test_a_run_gets_its_sheets_and_a_list_of_existing_files(trained, monkeypatch, capsys, stand_in):
-    monkeypatch.chdir(trained)
-    assert evaluate.main(["runs/real", "--data", "real", "--count", "16"]) == 0
-    out = capsys.readouterr().out
-    assert len(numbers(out)) == 10 and "21 training images" in out
+    out = outputs[0]
+    assert out == outputs[1] != outputs[2] and len(numbers(out)) == 10
+    assert "16 images against 16 real images, 32 px" in out and "21 training images" in out
     sheets = {"copies.png", "worst_reconstructed.png", "near_duplicates.png"}
     assert {file.name for file in Path("runs/real/evaluation").iterdir()} == sheets
-    duplicates = next(line.split() for line in out.split("near-duplicates")[1].splitlines()[1:])
-    assert duplicates[:4] == ["1", "0.00", "0.0", "levels"] and set(duplicates[4:]) == {"3.png", "20.png"}
-    worst = [line.split()[3] for line in out.split("near-duplicates")[0].splitlines() if " levels  " in line]
-    assert len(worst) == 18 and all((trained / "real" / name).is_file() for name in worst)
+    worst, duplicates = out.split("near-duplicates")
+    names = [line.split()[3] for line in worst.splitlines() if " levels  " in line]
+    assert len(names) == 18 and all(Path("real", name).is_file() for name in names)
+    _, *row, one, other = duplicates.splitlines()[1].split()
+    assert row == ["0.00", "0.0", "levels"] and {one, other} == {"3.png", "20.png"}
 
 
 def test_without_near_duplicates_the_sheet_of_an_earlier_evaluation_goes(trained, tmp_path, monkeypatch, stand_in):
@@ -401,8 +380,6 @@ def test_without_near_duplicates_the_sheet_of_an_earlier_evaluation_goes(trained
     (["DIR", "--data", "DIR", "--count", "3"], "--count"),
     (["DIR", "--data", "DIR", "--seed", "-1"], "--seed"),
     (["DIR", "--data", "DIR", "--image-size", "33"], "--image-size"),
-    (["DIR"], "--data"),
-    (["DIR", "--data", "DIR", "--extractor", "resnet51"], "resnet51"),
     (["DIR", "--data", "DIR", "--extractor", "raft_small"], "raft_small: no such file and no image classifier"),
     (["DIR", "--data", "DIR", "--extractor", "nowhere.pt"], "nowhere.pt: no such file"),
     (["DIR", "--data", "DIR", "--image-size", "32", "--out", "real/0.png"], "real/0.png"),
@@ -415,19 +392,6 @@ def test_bad_input_is_one_line_and_status_2(argv, word, tmp_path, monkeypatch, c
     assert evaluate.main([folders.get(a, a) for a in argv]) == 2
     error = capsys.readouterr().err.strip()
     assert word in error and "\n" not in error and not (tmp_path / "new").exists()
-
-
-def test_a_full_disk_leaves_no_partial_sheet(tmp_path, monkeypatch, capsys, stand_in):
-    monkeypatch.chdir(tmp_path)
-    real = folder(tmp_path / "real", 6)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 1
-    error = capsys.readouterr().err.strip()
-    assert "No space left" in error and "\n" not in error
-    assert list((tmp_path / "sheets").iterdir()) == []
 
 
 def test_the_cache_is_in_the_working_directory_and_not_in_runs_dir(tmp_path, image_folder, monkeypatch, capsys):

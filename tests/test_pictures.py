@@ -3,7 +3,7 @@ import weakref
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import pictures
 from errors import InputError
@@ -19,15 +19,10 @@ def ramp(level, height=48, width=64):
     return np.stack([x * 255 / width, y * 255 / height, np.full_like(x, level)], axis=2).round().astype(np.uint8)
 
 
-def read_animation(file):
-    """Frames (T, H, W, 3), their durations in ms, and the file's loop count (None: no loop)."""
-    with Image.open(file) as image:
-        frames, durations = [], []
-        for t in range(image.n_frames):
-            image.seek(t)
-            frames.append(np.asarray(image.convert("RGB")).astype(int))
-            durations.append(image.info["duration"])
-        return np.stack(frames), durations, image.info.get("loop")
+@pytest.fixture(autouse=True)
+def skip_mp4_without_pyav(request):
+    if "mp4" in request.node.name:
+        pytest.importorskip("av")
 
 
 # ------------------------------------------------------------------------------------- sheets
@@ -40,15 +35,11 @@ def test_grid_puts_each_image_in_its_place_with_gaps_between():
     assert (sheet[6:8] == pictures.PANEL).all() and (sheet[8:, 18:] == pictures.PANEL).all()   # gap, sixth cell
 
 
-@pytest.mark.parametrize("count, columns, shape", [
-    (1, None, (1, 1)), (2, None, (1, 2)), (9, None, (3, 3)), (10, None, (3, 4)), (3, 8, (1, 3))])
-def test_grid_is_nearly_square_and_has_no_more_columns_than_images(count, columns, shape):
-    assert pictures.grid(noise(count, 4, 5, 3), columns, gap=0).shape == (4 * shape[0], 5 * shape[1], 3)
-
-
-def test_grid_of_grey_images_is_rgb():
-    images = noise(1, 5, 5, 1)
-    assert (pictures.grid(images) == images[0]).all() and pictures.grid(images).shape == (5, 5, 3)
+@pytest.mark.parametrize("count, columns, shape", [(2, None, (1, 2)), (10, None, (3, 4)), (3, 8, (1, 3))])
+def test_grid_is_nearly_square_and_has_no_more_columns_than_images_and_grey_becomes_rgb(count, columns, shape):
+    images = noise(count, 4, 5, 1)
+    sheet = pictures.grid(images, columns, gap=0)
+    assert sheet.shape == (4 * shape[0], 5 * shape[1], 3) and (sheet[:4, :5] == images[0]).all()
 
 
 @pytest.mark.parametrize("images", [noise(2, 4, 4, 3) / 255.0, noise(2, 4, 4, 2), noise(4, 4, 3), noise(0, 4, 4, 3)])
@@ -128,8 +119,7 @@ def test_the_scale_beside_heat_maps_runs_from_high_to_low_with_three_labels(log)
 def test_png_gives_back_what_was_written(tmp_path, shape):
     picture = noise(*shape)
     pictures.save_picture(tmp_path / "new folder" / "a.png", picture)
-    with Image.open(tmp_path / "new folder" / "a.png") as image:
-        assert (np.asarray(image) == picture.reshape(np.asarray(image).shape)).all()
+    assert (np.asarray(Image.open(tmp_path / "new folder" / "a.png")) == picture.squeeze()).all()
     assert os.listdir(tmp_path / "new folder") == ["a.png"]
 
 
@@ -142,9 +132,6 @@ def test_webp_is_close_and_another_suffix_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.png", "a.gif", "a.webp", "a.mp4"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, name):
-    if name == "a.mp4":
-        pytest.importorskip("av")
-
     def write(level):
         if name == "a.png":
             pictures.save_picture(tmp_path / name, ramp(level))
@@ -161,87 +148,66 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert (tmp_path / name).read_bytes() == before and os.listdir(tmp_path) == [name]
 
 
-# ------------------------------------------------------------------------------------- animations
+# ------------------------------------------------------------------------------------- animations and videos
 
-@pytest.mark.parametrize("suffix, tolerance", [(".gif", 4), (".webp", 4), (".GIF", 4)])
-def test_animation_gives_back_its_frames_in_order(tmp_path, suffix, tolerance):
+@pytest.mark.parametrize("suffix, loop, stored", [(".gif", True, 0), (".webp", True, 0), (".GIF", False, None),
+                                                  (".webp", False, 1)])
+def test_animation_gives_back_its_frames_in_order_and_loops_or_plays_once(tmp_path, suffix, loop, stored):
     frames = [ramp(level) for level in range(0, 240, 40)]
-    pictures.save_animation(tmp_path / f"a{suffix}", iter(frames), fps=10)
-    read, durations, loop = read_animation(tmp_path / f"a{suffix}")
-    assert read.shape == (6, 48, 64, 3) and durations == [100] * 6 and loop == 0
-    assert np.abs(read - np.stack(frames)).mean() < tolerance
+    pictures.save_video(tmp_path / f"a{suffix}", iter(frames), fps=10, loop=loop)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        read = np.stack([np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)])
+        assert image.info.get("loop") == stored
+    assert read.shape == (6, 48, 64, 3) and np.abs(read - np.stack(frames)).mean() < 4
 
 
-@pytest.mark.parametrize("suffix, loop", [(".gif", None), (".webp", 1)])
-def test_animation_without_loop_plays_once(tmp_path, suffix, loop):
-    pictures.save_animation(tmp_path / f"a{suffix}", [ramp(0), ramp(90)], fps=10, loop=False)
-    assert read_animation(tmp_path / f"a{suffix}")[2] == loop
-
-
-@pytest.mark.parametrize("fps", [1, 24, 30, 45, 50])
+@pytest.mark.parametrize("fps", [1, 24, 45, 50])
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_animation_keeps_its_speed_on_average_and_no_frame_below_20_ms(tmp_path, suffix, fps):
-    pictures.save_animation(tmp_path / f"a{suffix}", [ramp(8 * t, 8, 8) for t in range(30)], fps)
-    _, durations, _ = read_animation(tmp_path / f"a{suffix}")
+    """Also with equal frames, which Pillow joins to one."""
+    pictures.save_video(tmp_path / f"a{suffix}", [ramp(8 * max(t, 3), 8, 8) for t in range(30)], fps)
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(image) if frame.load()]
     assert abs(sum(durations) - 30 * 1000 / fps) <= 5 and min(durations) >= 20
-
-
-def test_equal_frames_keep_their_time_in_a_gif(tmp_path):
-    pictures.save_animation(tmp_path / "a.gif", [ramp(0), ramp(0), ramp(90)], fps=10)
-    assert sum(read_animation(tmp_path / "a.gif")[1]) == 300
 
 
 def test_a_plain_area_of_a_gif_stays_plain(tmp_path):
     """Dithering would add dots of other colours, different ones in each frame."""
-    frames = [noise(64, 48, 3, seed=t) for t in range(3)]
-    for frame in frames:
-        frame[:, 24:] = (133, 90, 201)
-    pictures.save_animation(tmp_path / "a.gif", frames, fps=10)
-    plain = read_animation(tmp_path / "a.gif")[0][:, :, 24:]
-    assert (plain == plain[:, :1, :1]).all() and np.abs(plain - (133, 90, 201)).max() < 12
+    frame = noise(64, 48, 3)
+    frame[:, 24:] = (133, 90, 201)
+    pictures.save_video(tmp_path / "a.gif", [frame], fps=10)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert len(np.unique(np.asarray(image)[:, 24:])) == 1
 
-
-# ------------------------------------------------------------------------------------- videos
 
 def test_an_mp4_keeps_frames_colours_speed_and_an_odd_size(tmp_path):
-    av = pytest.importorskip("av")
+    import av
     frames = [ramp(level, 47, 63) for level in range(0, 250, 10)]
     pictures.save_video(tmp_path / "a.mp4", frames, fps=12.5)
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].average_rate == 12.5
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(decoded) == 25 and decoded[0].shape == (48, 64, 3)
-    for frame, made in zip(frames, decoded):
-        assert np.abs(frame.astype(int) - made[:47, :63]).mean() < 3
-
-
-class Frame(np.ndarray):
-    """An array for weak references, which hash by identity."""
-    __hash__ = object.__hash__
-
-    def __eq__(self, other):
-        return self is other
+        decoded = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert decoded.shape == (25, 48, 64, 3)
+    assert np.abs(decoded[:, :47, :63] - np.stack(frames).astype(int)).mean((1, 2, 3)).max() < 3
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a", "a.gif"])
 def test_a_video_takes_its_frames_one_at_a_time(tmp_path, name):
     """Memory of a long mp4 or folder does not grow with its length; a GIF keeps a third of each frame."""
-    if name == "a.mp4":
-        pytest.importorskip("av")
-    alive = weakref.WeakSet()
+    made = []
 
     def frames():
         for level in range(40):
-            frame = ramp(level).view(Frame)
-            alive.add(frame)
-            assert len(alive) < 5
+            frame = ramp(level)
+            made.append(weakref.ref(frame))
+            assert sum(reference() is not None for reference in made) < 5
             yield frame
     pictures.save_video(tmp_path / name, frames(), fps=20)
 
 
 def test_a_folder_of_frames_is_complete_or_absent(tmp_path):
     pictures.save_video(tmp_path / "v", [ramp(0), ramp(9)], fps=20)
-    assert sorted(f.name for f in (tmp_path / "v").iterdir()) == ["00000.png", "00001.png"]
+    assert sorted(os.listdir(tmp_path / "v")) == ["00000.png", "00001.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "v" / "00001.png")), ramp(9))
     with pytest.raises(InputError, match="exists already"):
         pictures.save_video(tmp_path / "v", [ramp(0)], fps=20)
@@ -252,8 +218,6 @@ def test_a_folder_of_frames_is_complete_or_absent(tmp_path):
     ([ramp(0), ramp(9, 32)], 20, "frame 1 is"), ([], 20, "at least one frame"), ([ramp(0)], 0, "must be 1 to"),
     ([ramp(0)], 500, "must be 1 to"), ([ramp(0)], float("nan"), "must be 1 to")])
 def test_a_video_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path, name, frames, fps, words):
-    if name == "w.mp4":
-        pytest.importorskip("av")
     with pytest.raises(InputError, match=words):
         pictures.save_video(tmp_path / name, frames, fps)
     assert not os.listdir(tmp_path)
@@ -262,4 +226,3 @@ def test_a_video_that_cannot_be_made_is_refused_and_leaves_nothing(tmp_path, nam
 def test_an_unknown_kind_of_video_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.avi is invalid: must end with"):
         pictures.save_video(tmp_path / "a.avi", [ramp(0)], fps=20)
-    pictures.check_video(tmp_path / "a.gif", fps=20)

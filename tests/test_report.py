@@ -27,7 +27,7 @@ def draw_sheets(folder, i, step, side=16):
         if kind == "alpha":
             sheet = pictures.beside(sheet, np.zeros((2 * side, 20, 3), np.uint8))        # where the scale is
         pictures.save_picture(f"{name}_{kind}.png", sheet)
-    pictures.save_animation(f"{name}_video.gif", [np.full((side, side, 3), 40 * t, np.uint8) for t in range(4)], 8)
+    pictures.save_video(f"{name}_video.gif", [np.full((side, side, 3), 40 * t, np.uint8) for t in range(4)], 8)
 
 
 def colours(i):
