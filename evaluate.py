@@ -365,6 +365,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if arguments.seed < 0:
         raise InputError(f"--seed {arguments.seed} is invalid: must be 0 or more")
     path = Path(arguments.path)
+    if not path.exists():
+        raise InputError(f"{path}: no such run, file or folder of images")
     arguments.is_run = path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir()
     if arguments.is_run and not arguments.out:
         arguments.out = (Path() if path.is_file() else path) / "evaluation"

@@ -3,6 +3,7 @@ zero byte. Needs nothing but the browser (Debian: apt-get install chromium) and 
 
 `pytest_plugins = ["chromium"]` in a test file gives it the fixture `browser`."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,6 +17,10 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Enter": 13}
 SECONDS = 120                       # that an answer may take
+
+
+class Reloaded(Exception):
+    """The page was replaced while a command ran."""
 
 
 class Chromium:
@@ -53,6 +58,8 @@ class Chromium:
             text, _, self.rest = self.rest.partition(b"\0")
             answer = json.loads(text)
             if answer.get("id") == number:
+                if "navigated" in str(answer.get("error")):
+                    raise Reloaded(method)
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
@@ -77,9 +84,12 @@ class Chromium:
         return result["result"].get("value")
 
     def wait(self, expression, seconds=60):
-        end = time.monotonic() + seconds
-        while not self.value(expression):
-            shown = self.value("document.body?.innerText")          # none yet while a page loads
+        end, shown = time.monotonic() + seconds, None
+        while True:
+            with contextlib.suppress(Reloaded):                      # then it is tried again
+                if self.value(expression):
+                    return
+                shown = self.value("document.body?.innerText")          # none yet while a page loads
             assert time.monotonic() < end, f"not within {seconds} s: {expression}; the page shows {shown}"
             time.sleep(0.05)
 
