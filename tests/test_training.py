@@ -147,6 +147,16 @@ def test_a_run_continues_with_its_images_in_another_place(run, photos, tmp_path,
     assert "cannot be compared" in error_line(capsys)
 
 
+def test_a_new_run_names_the_runs_on_the_same_images(run, photos, tmp_path, capsys):
+    run("--steps", "1")
+    renamed = shutil.move(photos, tmp_path / "renamed")
+    capsys.readouterr()
+    assert run("--steps", "1", images=renamed) == 0
+    assert "photos was trained on the same images: --run photos continues it" in capsys.readouterr().out
+    assert run("--steps", "2", images=renamed) == 0                     # not where there is a run to continue
+    assert "same images" not in capsys.readouterr().out
+
+
 def test_a_set_that_a_model_can_only_copy_and_missing_images_are_reported(run, photos, tmp_path, capsys):
     assert run("--steps", "1") == 0
     assert "warning: only 12 different images: a model" in capsys.readouterr().out
