@@ -20,7 +20,7 @@ import config
 import errors
 from errors import InputError, RunError
 
-if TYPE_CHECKING:    # scripts import this file first, and torch takes seconds
+if TYPE_CHECKING:    # torch takes seconds to import, and not every script needs it
     import torch
 
 DERIVED = ("TRANSFORMER_IN_CHANNELS",)

@@ -201,18 +201,20 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
     return image_set
 
 
-def images_in_common(root: PathLike, old_root: PathLike, c) -> tuple[int, int] | None:
-    """Returns how many images, by relative path and size, the folder root and the cache of old_root have in common, and
-    how many they have together; old_root may be gone. None if RUNS_DIR has no cache of it."""
+def file_sizes(root: PathLike, c) -> dict[str, int]:
+    """Returns {relative path: size} of a run's image files. Raises InputError as find_files."""
+    return {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
+
+
+def cached_sizes(root: PathLike, c) -> dict[str, int] | None:
+    """Returns file_sizes as the cache of RUNS_DIR knows them, also if root is gone; None if there is no such cache."""
     settings = (c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND)
-    folder = image_cache.cache_folder(old_root, settings, os.path.join(c.RUNS_DIR, CACHE))
+    folder = image_cache.cache_folder(root, settings, os.path.join(c.RUNS_DIR, CACHE))
     try:
         lines = Path(folder, "index.jsonl").read_bytes().split(b"\n")[1:-1]
-        known = {path: size for path, size, *_ in map(json.loads, lines)}
+        return {path: size for path, size, *_ in map(json.loads, lines)}
     except (OSError, ValueError):
         return None
-    found = {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
-    return len(known.items() & found.items()), len(known.items() | found.items())
 
 
 def cache_elsewhere(folder: str | None) -> str:

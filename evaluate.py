@@ -44,6 +44,7 @@ from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
 import command_line
+import config
 import data
 import metrics
 import pictures
@@ -356,7 +357,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--out", metavar="DIR", help="folder for the sheets [RUN/evaluation; of a file: ./evaluation]")
     parser.add_argument("--cache", metavar="DIR", help="folder of decoded images [runs/.cache, or a temporary one]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise [%(default)s]")
-    parser.add_argument("--image-size", type=int, default=128, metavar="N",
+    parser.add_argument("--image-size", type=int, default=config.IMAGE_SIZE, metavar="N",
                         help="for two folders; a run has its own [%(default)s]")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu [%(default)s]")
     arguments = parser.parse_args(argv)

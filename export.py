@@ -33,6 +33,7 @@ from torch import Tensor
 
 import checkpoints
 import command_line
+import config
 import latent_space
 import model_definitions
 from command_line import InputError, RunError
@@ -73,7 +74,7 @@ def megabytes(*files: Path) -> str:
 
 def weights_only(saved: dict, about: str = "") -> dict:
     """Returns what a shared file holds of a checkpoint: averaged weights in half precision, and no private paths."""
-    constants = {**saved["constants"], "RUNS_DIR": "runs",
+    constants = {**saved["constants"], "RUNS_DIR": config.RUNS_DIR,
                  "DATA": PureWindowsPath(saved["constants"]["DATA"]).name}      # splits at / and at \
     return {"constants": constants,
             "ema": {name: tensor.half() if tensor.is_floating_point() else tensor

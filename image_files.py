@@ -179,11 +179,11 @@ def _webp_size(start):
     return number(start[26:28]) % 2 ** 14, number(start[28:30]) % 2 ** 14
 
 
-def _open(path):
+def _open(path, file_bytes):
     """Opens a file in one of the FORMATS. Registers pillow-heif at the first file that needs it."""
     with open(path, "rb") as file:
         start = file.read(30)
-    _check_size(*_webp_size(start), os.path.getsize(path))
+    _check_size(*_webp_size(start), file_bytes)
     try:
         return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
@@ -230,7 +230,7 @@ def _pixels(path, settings):
     if status.st_size == 0:
         raise ValueError("empty file")
     Image.init()    # registers the formats that this Pillow was built with
-    with _open(path) as picture:
+    with _open(path, status.st_size) as picture:
         _check_size(*picture.size, status.st_size)
         conversion = _conversion(picture, path)
         deep = ";16" in str([tile[3] for tile in picture.tile])    # Pillow keeps 8 of the 16 bits of colour images

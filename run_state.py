@@ -184,12 +184,15 @@ def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.devi
 
 def mention_runs_on_the_same_images(c: SimpleNamespace, folder: Path) -> None:
     """Prints the runs that a new run may have been meant to continue: the data folder has perhaps another name now."""
+    known = {}
     for config in sorted(folder.parent.glob("*/config.json")) if c.DATA else ():
         with contextlib.suppress(OSError, ValueError, AttributeError):
             before = json.loads(config.read_text()).get("DATA")
-            counts = before and before != c.DATA and data.images_in_common(c.DATA, before, c)
-            if counts and counts[0] == counts[1]:
-                print(f"{config.parent} was trained on the same images: --run {config.parent.name} continues it")
+            if before and before != c.DATA and (sizes := data.cached_sizes(before, c)):
+                known[config.parent] = sizes
+    found = data.file_sizes(c.DATA, c) if known else None          # listed once: a folder may have a million files
+    for run in (run for run, sizes in known.items() if sizes == found):
+        print(f"{run} was trained on the same images: --run {run.name} continues it")
 
 
 def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
@@ -200,9 +203,13 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> No
                              f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
     if "RUN" not in given and before != now:
-        counts = data.images_in_common(c.DATA, saved["DATA"], c) if saved.get("DATA") and c.DATA else None
-        if counts is None or counts[0] < counts[1]:
-            reason = f"{counts[0]:,} of {counts[1]:,} images are in both" if counts else "images cannot be compared"
+        known = data.cached_sizes(saved["DATA"], c) if saved.get("DATA") and c.DATA else None
+        found = data.file_sizes(c.DATA, c) if known else None
+        if known is None or known != found:
+            reason = "images cannot be compared"
+            if known:
+                both, either = known.items() & found.items(), known.items() | found.items()
+                reason = f"{len(both):,} of {len(either):,} images are in both"
             raise InputError(f"run {c.RUN} was made from {before}, not {now} ({reason}): --run {c.RUN} continues it "
                              "all the same, --run NEWNAME starts a new run")
     for name, old in saved.items():
