@@ -48,7 +48,7 @@ LIMITS = {
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
 MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG",
-               "MICRO_BATCH", "MAX_ROLLBACKS", "EVALUATE_EVERY")                      # and every LAMBDA
+               "MICRO_BATCH", "MAX_ROLLBACKS", "EVALUATE_EVERY", "DEVICE_IMAGES")     # and every LAMBDA
 
 
 # ------------------------------------------------------------------------------------- scripts

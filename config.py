@@ -66,6 +66,7 @@ MAX_ROLLBACKS = 3           # such returns, each with half the learning rates, b
 BFLOAT16 = True             # CUDA: bfloat16 autocast; scores, penalty, alpha and images stay float32
 TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster
 CUDA_GRAPH = True           # CUDA, one process: records the kernels of a step once and then starts them as one
+DEVICE_IMAGES = 0.25        # CUDA: the images are kept on the device if they need at most this share of its free memory; 0: never
 RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save memory (activation checkpointing)
 
 # ------------------------------------------------------------------------------------- logging

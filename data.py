@@ -57,6 +57,7 @@ class ImageSet:
     held_out: np.ndarray
     skipped: list[tuple[str, str]]
     warnings: Sequence[str] = ()
+    on_device: "torch.Tensor | None" = None    # a copy of images in the memory of a GPU
 
 
 def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
@@ -280,6 +281,17 @@ def read_batch(image_set: ImageSet, indices: np.ndarray, flips: np.ndarray | Non
     if flips is not None:
         batch[flips] = batch[flips, :, ::-1]
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def keep_on_device(image_set: ImageSet, device: "torch.device", share: float) -> None:
+    """Copies all images to a CUDA device, unless they need more than `share` of its free memory."""
+    import torch
+
+    images = image_set.images
+    if images.nbytes <= share * torch.cuda.mem_get_info(device)[0]:
+        image_set.on_device = torch.empty(images.shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(images), 4096):
+            image_set.on_device[start:start + 4096] = torch.from_numpy(np.array(images[start:start + 4096]))
 
 
 def to_image(pixels: "torch.Tensor") -> "torch.Tensor":

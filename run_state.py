@@ -41,8 +41,10 @@ class State:
     critic_optimizer: torch.optim.Optimizer
     device: torch.device
     ranks: distributed.Ranks
-    skipped: torch.Tensor                       # updates not applied, counted on the device (update.apply_if_finite)
+    skipped: torch.Tensor                       # (2,) int64: updates not applied; newest steps in a row with one
+    ema_weight: torch.Tensor                    # of the current step (update.ema_weight)
     graphs: dict = field(default_factory=dict)  # recorded CUDA graphs (update.run_recorded)
+    step_end: torch.cuda.Event | None = None    # of the newest step (update.wait_for_the_step_before)
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
                                                     "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
 
@@ -59,7 +61,7 @@ class State:
                 group.update(fused=optimizer.defaults["fused"], capturable=optimizer.defaults["capturable"])
         self.graphs.clear()                      # they hold the addresses of Adam's old averages
         self.counters.update(saved["counters"])
-        self.skipped.fill_(self.counters["skipped_updates"])
+        self.skipped.copy_(torch.tensor([self.counters["skipped_updates"], self.counters["skipped_in_a_row"]]))
 
     def rng(self, c, purpose: str, critic_update: int = 0) -> torch.Generator:
         """Returns the torch.Generator of one purpose in the current step and critic update."""
@@ -67,10 +69,8 @@ class State:
         return random_keys.torch_generator(c.SEED, purpose, counters["rollbacks"], counters["step"], critic_update)
 
     def count_skipped(self) -> None:
-        """Updates the counters of skipped updates after a step. Waits for the device."""
-        before, self.counters["skipped_updates"] = self.counters["skipped_updates"], int(self.skipped)
-        skipped = self.counters["skipped_updates"] > before
-        self.counters["skipped_in_a_row"] = self.counters["skipped_in_a_row"] + 1 if skipped else 0
+        """Reads the counters of skipped updates from the device, and waits for it."""
+        self.counters["skipped_updates"], self.counters["skipped_in_a_row"] = self.skipped.tolist()
 
     def set_learning_rates(self, c) -> None:
         """Sets the constants' learning rates, times lr_scale, which rollbacks reduce."""
@@ -109,7 +109,8 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
 
     return State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
                  adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
-                 torch.zeros((), dtype=torch.int64, device=device))
+                 skipped=torch.zeros(2, dtype=torch.int64, device=device),
+                 ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"))
 
 
 # ------------------------------------------------------------------------------------- the run's folder

@@ -123,7 +123,10 @@ class Evaluation:
     def step(self, log: Log, saver: run_state.Saver) -> None:
         """Called after each step."""
         counters = self.state.counters
-        if self.c.EVALUATE_EVERY == 0 or counters["step"] % self.c.EVALUATE_EVERY or counters["skipped_in_a_row"]:
+        if self.c.EVALUATE_EVERY == 0 or counters["step"] % self.c.EVALUATE_EVERY:
+            return
+        self.state.count_skipped()
+        if counters["skipped_in_a_row"]:
             return
         found = self.scores()
         if not self.state.ranks.is_first:
@@ -183,7 +186,8 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
             values = training_step(state, c, image_set)
-            state.count_skipped()
+            if must_wait(state, c):
+                state.count_skipped()
             if counters["step"] % c.LOG_EVERY == 0 or counters["skipped_in_a_row"]:
                 values = distributed.reduce_values(ranks, values, update.REDUCTIONS)
             log.step(state, values)
@@ -198,10 +202,12 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
                 stop.number or 0, int(ranks.is_first and 0 < 60 * c.MINUTES < time.monotonic() - started),
                 int(ranks.is_first and saver.due())])
             if due:
+                state.count_skipped()
                 check_weights(state)
-                if ranks.is_first:
+                if ranks.is_first and not counters["skipped_in_a_row"]:
                     saver.save()
         log.close()
+        state.count_skipped()
         check_weights(state)
         file = finish(state, image_set, saver, stop) if ranks.is_first else folder      # rank 0 reports a failure
         if not signal_number and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
@@ -215,6 +221,15 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
     if signal_number:
         return 128 + signal_number
     return 0 if file else 1
+
+
+def must_wait(state: run_state.State, c: SimpleNamespace) -> bool:
+    """Returns whether the step's skipped updates must be known before the next step; the same on all ranks. On CUDA,
+    where reading them waits for the device: for a logged line, every NAN_PATIENCE steps, and while updates are skipped.
+    """
+    step = state.counters["step"]
+    return bool(state.device.type != "cuda" or step % c.LOG_EVERY == 0 or step % c.NAN_PATIENCE == 0
+                or state.counters["skipped_in_a_row"])
 
 
 def check_weights(state: run_state.State) -> None:
@@ -262,6 +277,8 @@ def train_in(folder: Path, c: SimpleNamespace, given: set[str], device: torch.de
     names = "\n".join(image_set.paths).encode("utf-8", "surrogateescape")
     distributed.check_equal(ranks, zlib.crc32(names), "their images: give each machine the same folder")
     distributed.on_rank_0(ranks, lambda: run_state.describe_run(c, image_set, folder))
+    if device.type == "cuda":
+        data.keep_on_device(image_set, device, c.DEVICE_IMAGES)
     print_start(c, state, image_set)
     if state.counters["step"] >= c.STEPS:
         print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher --steps to continue")

@@ -95,7 +95,14 @@ def real_images(state, c, image_set: data.ImageSet, critic_update: int) -> Tenso
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "flip", critic_update)).numpy()[mine] < 0.5
-    return data.to_image(to_device(data.read_batch(image_set, indices, flips), state.device))
+    if image_set.on_device is None:
+        pixels = to_device(data.read_batch(image_set, indices, flips), state.device)
+    else:
+        pixels = image_set.on_device[to_device(torch.from_numpy(indices), state.device)].permute(0, 3, 1, 2)
+        if flips is not None:
+            mirrored = to_device(torch.from_numpy(flips), state.device)[:, None, None, None]
+            pixels = torch.where(mirrored, pixels.flip(3), pixels)
+    return data.to_image(pixels)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -190,11 +197,22 @@ def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
     return values | {"picture_spread": spread / real_spread.clamp_min(1e-6)}
 
 
+def step_on_device(state, c, batches: list[Batch]) -> dict[str, Tensor]:
+    """The part of a step that can be recorded as a CUDA graph: updates, the count of skipped steps, EMA."""
+    before = state.skipped.clone()
+    values = apply_updates(state, c, batches)
+    update.count_in_a_row(state, before)
+    update.update_ema(state)
+    return values
+
+
 def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
-    """Trains for one step: draws, updates, EMA. Returns this rank's scalars (tensors) to log."""
+    """Trains for one step. Returns this rank's scalars (tensors) to log, which the next step may overwrite. On CUDA the
+    step may still be running."""
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
-    values = update.run_recorded(apply_updates, state, c, batches)
     state.counters["images_seen"] += c.BATCH_SIZE
-    update.update_ema(state, c)
+    state.ema_weight.fill_(update.ema_weight(c, state.counters["images_seen"]))
+    values = update.run_recorded(step_on_device, state, c, batches)
     state.counters["step"] += 1
+    update.wait_for_the_step_before(state)
     return values

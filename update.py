@@ -86,7 +86,7 @@ def apply_if_finite(state, model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     bad = ~torch.isfinite(norm)
-    state.skipped += bad
+    state.skipped[0] += bad
     if optimizer.defaults["fused"]:
         optimizer.found_inf, optimizer.grad_scale = bad.float(), None
         optimizer.step()
@@ -104,19 +104,45 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.requires_grad_(True)
 
 
+def count_in_a_row(state, before: Tensor) -> None:
+    """Counts, on the device, the newest steps in a row with a skipped update. before: state.skipped before the step."""
+    state.skipped[1] = (state.skipped[1] + 1) * (state.skipped[0] > before[0])
+
+
+def ema_weight(c, images_seen: int) -> float:
+    """Returns the share of the current weights in the next average: a half-life in images, shorter at the start (Karras
+    et al. 2020)."""
+    half_life = min(1000 * c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP * images_seen)
+    return 1 - 0.5 ** (c.BATCH_SIZE / half_life) if half_life > 0 else 1.0
+
+
 @torch.no_grad()
-def update_ema(state, c) -> None:
-    """Averages the generator's weights with a half-life in images, shorter at the start (Karras et al. 2020)."""
-    half_life = min(1000 * c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP * state.counters["images_seen"])
-    weight = 1 - 0.5 ** (c.BATCH_SIZE / half_life) if half_life > 0 else 1.0
-    torch._foreach_lerp_(list(state.ema.parameters()), list(state.generator.parameters()), weight)
+def update_ema(state) -> None:
+    """Averages the generator's weights: ema += state.ema_weight * (generator - ema)."""
+    average, current = list(state.ema.parameters()), list(state.generator.parameters())
+    if state.device.type != "cuda":
+        torch._foreach_lerp_(average, current, state.ema_weight.item())
+        return
+    change = torch._foreach_sub(current, average)        # the weight stays a tensor: a CUDA graph reads its new value
+    torch._foreach_mul_(change, state.ema_weight.float())
+    torch._foreach_add_(average, change)
 
 
-# ------------------------------------------------------------------------------------- CUDA graph
+# ------------------------------------------------------------------------------------- CUDA
+
+def wait_for_the_step_before(state) -> None:
+    """On CUDA, waits for the step before the one that was just started. The host prepares a step while the device
+    computes the one before; if it went further ahead, a signal or MINUTES would end the run late."""
+    if state.device.type == "cuda":
+        before, state.step_end = state.step_end, torch.cuda.Event(blocking=True)
+        state.step_end.record()
+        if before is not None:
+            before.synchronize()
+
 
 class RecordedStep:
     """A function (state, c, batches) -> scalars, recorded once as a CUDA graph and then replayed: thousands of small
-    kernels start as one.
+    kernels start as one. The next replay overwrites the scalars.
 
     The first steps run eagerly, on a stream of their own as PyTorch requires, while cuDNN chooses its algorithms and
     Adam creates its averages. The recording keeps the addresses of all tensors, so new batches are copied into the
@@ -145,7 +171,7 @@ class RecordedStep:
             torch._foreach_copy_(*([tensor for batch in some for tensor in batch.tensors()]
                                    for some in (self.batches, batches)))
         self.graph.replay()
-        return {name: value.clone() for name, value in self.values.items()}
+        return self.values
 
 
 def run_recorded(function: Callable, state, c, batches: list) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
     def updates():
         update.apply_if_finite(state, state.critic, state.critic_optimizer)
         update.apply_if_finite(state, state.generator, state.generator_optimizer)
-        update.update_ema(state, c)
+        update.update_ema(state)
 
     return {
         "critic scores": (critic_scores, c.N_CRITIC),

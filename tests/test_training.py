@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, around_step, error_line, lines
+from conftest import SMALL, error_line, lines, poison
 from PIL import Image
 
 import checkpoints
@@ -232,16 +233,36 @@ def test_a_damaged_checkpoint_is_set_aside_and_does_not_count_as_kept(run, tmp_p
     assert left == ["step_00000001.pt", "step_00000002.pt.damaged", "step_00000003.pt"]
 
 
-def test_no_regular_checkpoint_is_written_after_a_skipped_update(run, monkeypatch):
-    def skip(state):
-        state.skipped += state.counters["step"] in (1, 2)              # counted after steps 2 and 3
-
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_regular_checkpoint_is_written_after_a_skipped_update(device, run, monkeypatch):
+    """As on CUDA too, where the loop does not read the count of skipped updates after each step."""
+    if device == "cuda":
+        monkeypatch.setattr(training, "must_wait", lambda state, c: state.counters["skipped_in_a_row"])
+    poison(monkeypatch, at=lambda step, rollbacks: step in (1, 2))     # skipped: steps 2 and 3
     saved = []
-    around_step(monkeypatch, skip)
     monkeypatch.setattr(checkpoints, "save",
                         lambda folder, state, step, sound: saved.append((step, sound)) or "a file")
     run("--steps", "5", "--checkpoint-every", "2")
     assert saved == [(0, True), (4, True), (5, True)]
+
+
+@pytest.mark.parametrize("poisoned, evaluated", [(3, []), (2, [4])])
+def test_a_step_with_a_skipped_update_is_not_scored(poisoned, evaluated, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "must_wait", lambda state, c: state.counters["skipped_in_a_row"])
+    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    poison(monkeypatch, at=lambda step, rollbacks: step == poisoned)
+    run("--steps", "5", "--evaluate-every", "4", "--evaluate-count", "4")
+    assert [line["step"] for line in lines(tmp_path) if "evaluate_sliced_wasserstein" in line] == evaluated
+
+
+def test_on_cuda_the_host_waits_for_logged_lines_for_nan_patience_and_while_updates_are_skipped():
+    c = SimpleNamespace(LOG_EVERY=4, NAN_PATIENCE=6)
+
+    def waits(device, step, in_a_row=0):
+        counters = {"step": step, "skipped_in_a_row": in_a_row}
+        return training.must_wait(SimpleNamespace(device=torch.device(device), counters=counters), c)
+    assert [step for step in range(1, 13) if waits("cuda", step)] == [4, 6, 8, 12]
+    assert waits("cuda", 5, in_a_row=1) and waits("cpu", 5)
 
 
 def test_a_better_score_writes_best_pt_and_a_worse_one_does_not(run, tmp_path, monkeypatch, capsys):

@@ -174,17 +174,19 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(start, monkeypatch)
     assert (state.counters["skipped_updates"], state.counters["skipped_in_a_row"]) == (2, 0)
 
 
-def test_the_average_starts_as_a_copy_and_has_its_half_life(start):
+@pytest.mark.parametrize("path", ["cpu", "cuda"])        # the operators of the CUDA path exist on the CPU too
+def test_the_average_starts_as_a_copy_and_has_its_half_life(path, start):
     state, c, _ = start("--ema-half-life-kimg", "0.04", "--ema-ramp", "1e9")        # 40 images: 10 batches of 4
     for model, value in ((state.generator, 1.0), (state.ema, 0.0)):
         for p in model.parameters():
             p.data.fill_(value)
-    state.counters["images_seen"] = 4
+    state.device = torch.device(path)
+    state.ema_weight.fill_(update.ema_weight(c, images_seen=4))
     for _ in range(10):
-        update.update_ema(state, c)
+        update.update_ema(state)
     torch.testing.assert_close(weights(state.ema), torch.full_like(weights(state.ema), 0.5), atol=1e-5, rtol=0)
-    state.counters["images_seen"] = 0
-    update.update_ema(state, c)
+    state.ema_weight.fill_(update.ema_weight(c, images_seen=0))
+    update.update_ema(state)
     assert torch.equal(weights(state.ema), weights(state.generator))
 
 
@@ -264,6 +266,23 @@ def test_recorded_steps_are_dropped_with_the_rates_and_the_state_that_they_hold(
         state.graphs["kind"] = update.RecordedStep(training_step.apply_updates)
         change()
         assert not state.graphs
+
+
+@pytest.mark.parametrize("flags", [(), ("--flip",)])
+def test_images_kept_on_the_device_give_the_same_batches(flags, start):
+    state, c, image_set = start(*flags)
+    expected = training_step.real_images(state, c, image_set, 0)
+    image_set.on_device = torch.from_numpy(np.array(image_set.images))
+    assert torch.equal(training_step.real_images(state, c, image_set, 0), expected)
+
+
+@pytest.mark.parametrize("share, kept", [(0.5, True), (0.4, False), (0, False)])
+def test_images_are_kept_on_the_device_if_they_fit(share, kept, start, monkeypatch):
+    _, _, image_set = start()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * image_set.images.nbytes, 10 ** 12))
+    data.keep_on_device(image_set, torch.device("cpu"), share)
+    assert (image_set.on_device is not None) == kept
+    assert not kept or np.array_equal(image_set.on_device.numpy(), image_set.images)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU")
