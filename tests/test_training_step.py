@@ -198,6 +198,11 @@ def test_both_updates_of_a_step_share_one_pass_of_the_generator(start, monkeypat
     assert batch_sizes == [4, 8]                  # fakes of the first critic update; then fakes and reconstructions
 
 
+def test_the_mean_deviation_is_that_of_torch():
+    images = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(training_step.mean_deviation(images), images.std(0, correction=0).mean())
+
+
 def test_constant_alpha_trains_without_the_transformer(start):
     state, c, image_set = start("--alpha-span", "1")
     layer = state.generator.layer
