@@ -63,7 +63,7 @@ NAN_PATIENCE = 20           # steps in a row with a non-finite gradient before t
 MAX_ROLLBACKS = 3           # such returns, each with half the learning rates, before the run gives up
 
 # ------------------------------------------------------------------------------------- speed
-BFLOAT16 = True             # CUDA: bfloat16 autocast; scores, penalty, alpha and images stay float32
+BFLOAT16 = True             # CUDA: bfloat16 autocast; scores, gradient norms, alpha and images stay float32
 TF32 = True                 # CUDA: float32 products with 10-bit mantissas, several times faster
 CUDA_GRAPH = True           # CUDA, one process: records the kernels of a step once and then starts them as one
 DEVICE_IMAGES = 0.25        # CUDA: the images are kept on the device if they need at most this share of its free memory; 0: never

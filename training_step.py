@@ -16,7 +16,7 @@ import data
 import latent_space
 import losses
 import update
-from model_definitions import Changes, Generator, full_precision
+from model_definitions import Changes, Generator
 
 WALK_POINTS = 3                # images on the walk of a feedback update; each one fills several frames of the video
 WALK_LENGTH = 0.5              # largest length of the walk, as a share of the arc from z to another point
@@ -161,8 +161,7 @@ def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     measured = slice(-batch.first % c.GP_EVERY, None, c.GP_EVERY)        # every GP_EVERY-th image of the whole batch
     measured_per_piece = math.ceil(c.BATCH_SIZE / c.GP_EVERY) * len(fake) / c.BATCH_SIZE         # on average
     x_hat = losses.interpolate(batch.real[measured], fake[measured], batch.e[measured])
-    with full_precision(x_hat):
-        norm = losses.gradient_norm(state.critic, x_hat)
+    norm = losses.gradient_norm(state.critic, x_hat)
     penalty = losses.gradient_penalty(norm, measured_per_piece)
     yield c.LAMBDA_GP * penalty, {"gradient_norm": norm.sum() / measured_per_piece, "gradient_penalty": penalty}
 

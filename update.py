@@ -68,8 +68,8 @@ def descend(state, c, name: str, terms: Callable, pieces: list) -> dict[str, Ten
 
 
 def in_mixed_precision(state, c, terms: Iterator) -> Iterator:
-    """Yields the terms, each computed under bfloat16 autocast on CUDA; scores, penalty, alpha and image stay float32 by
-    themselves. The consumer's backward pass runs outside of autocast, as PyTorch recommends."""
+    """Yields the terms, each computed under bfloat16 autocast on CUDA; scores, gradient norms, alpha and image stay
+    float32 by themselves. The consumer's backward pass runs outside of autocast, as PyTorch recommends."""
     enabled = c.BFLOAT16 and state.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     while True:
         with torch.autocast(state.device.type, torch.bfloat16, enabled=enabled):

@@ -244,7 +244,7 @@ def test_feedback_updates_come_with_their_probability_and_change_the_image(start
 
 # ------------------------------------------------------------------------------------- precision, CUDA
 
-def test_scores_image_alpha_and_penalty_stay_float32_under_bfloat16_autocast(start):
+def test_scores_gradient_norms_alpha_and_image_stay_float32_under_bfloat16_autocast(start):
     """With fake tensors, which have the dtypes that autocast gives them but compute nothing."""
     state, c, image_set = start("--gp-every", "1")
     batch, inside = training_step.draw_batch(state, c, image_set, 0), []
@@ -253,10 +253,10 @@ def test_scores_image_alpha_and_penalty_stay_float32_under_bfloat16_autocast(sta
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
         generated = training_step.generate(state.generator, batch)
         score = state.critic(batch.real)
-        (critic_loss, _), (penalty, _) = training_step.critic_terms(state, c, batch)
-    assert inside[0] == torch.bfloat16 and inside[-2] == torch.bfloat16
-    assert inside[-1] == torch.float32                             # the penalty's pass through the critic
-    assert {tensor.dtype for tensor in (*generated, score, critic_loss, penalty)} == {torch.float32}
+        (critic_loss, _), (penalty, logged) = training_step.critic_terms(state, c, batch)
+    assert set(inside) == {torch.bfloat16}
+    dtypes = {tensor.dtype for tensor in (*generated, score, critic_loss, penalty, logged["gradient_norm"])}
+    assert dtypes == {torch.float32}
 
 
 def test_the_cpu_does_not_use_autocast(start):
