@@ -47,7 +47,7 @@ LIMITS = {
             f"a name of at most {RUN_BYTES} bytes without slashes or a leading dot"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
-MAY_BE_ZERO = ("STEPS", "MINUTES", "HELD_OUT_MIN", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG",
+MAY_BE_ZERO = ("STEPS", "MINUTES", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG",
                "MICRO_BATCH", "MAX_ROLLBACKS", "EVALUATE_EVERY", "DEVICE_IMAGES")     # and every LAMBDA
 
 

@@ -19,8 +19,7 @@ CHANNELS = 3                # 3 colour, 1 grey
 FLIP = False                # mirrors each training image with probability 1/2; on for photos, off where left and right differ
 BACKGROUND = 255            # grey level, 0 to 255, behind transparent images
 NUM_WORKERS = -1            # processes that decode images at the first start; -1: one per core, 0: none, in this process
-HELD_OUT_SHARE = 0.02       # share of the images that are never trained on, to measure reconstructions
-HELD_OUT_MIN = 64           # images: if fewer would be held out, none is
+HELD_OUT_SHARE = 0.02       # share of the images that are never trained on, to measure reconstructions and overfitting; 0: none. Sets below 3,200 images hold out 5% or about 16, those below 80 none
 
 # ------------------------------------------------------------------------------------- networks
 LATENT_DIM = 128            # length of the noise vector z

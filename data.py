@@ -37,6 +37,9 @@ FEW = 16                     # different images: with fewer, a line warns
 PLAIN_SAMPLE = 1_000         # images that are checked for a single colour; ...
 PLAIN_SHARE = 0.1            # ... above this share of them, a line warns
 DARK = 0.25                  # warns if no 16-bit image has a value above this share: 12-bit values look black
+SMALL_SET = 3_200            # images; a smaller set ...
+SMALL_SET_SHARE = 0.05       # ... holds out this share ...
+SMALL_SET_LEAST = 16         # ... or about as many images, to measure something on
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 PathLike = str | os.PathLike
@@ -117,15 +120,16 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
 
 
 def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
-                workers: int = -1, held_out_share: float = 0.02, held_out_min: int = 64,
-                leave_out: PathLike | None = None, progress: bool = True) -> ImageSet:
+                workers: int = -1, held_out_share: float = 0.02, leave_out: PathLike | None = None,
+                progress: bool = True) -> ImageSet:
     """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
     Each image becomes image_size x image_size with 1 or 3 channels; transparent parts show the grey level
     `background`. `workers` processes decode (-1: one per core, 0: this process). About held_out_share of the images is
-    held out from training, or none if that is fewer than held_out_min. The pixels of an image decide, so equal images
-    are on one side, and stay there when files are added. Does not enter the folder leave_out, for example the folder
-    of the runs. Raises InputError, RunError if a scan process dies, and OSError if the cache cannot be written.
+    held out from training, of small sets more (see split). The pixels of an image decide, so equal images are on one
+    side, and no image that was trained on is held out later, when files are added. Does not enter the folder leave_out,
+    for example the folder of the runs. Raises InputError, RunError if a scan process dies, and OSError if the cache
+    cannot be written.
     """
     root, cache_dir, settings = os.path.expanduser(root), os.fspath(cache_dir), (image_size, channels, background)
     files, skipped = find_files(root, leave_out)
@@ -152,7 +156,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
         raise InputError(f"{printable(root)}: none of {counted(len(skipped), 'image')} can be used; the first is "
                          f"{printable(skipped[0][0])}: {skipped[0][1]}")
     keys = [cache.key(path) for path in paths]
-    train, held_out = split(keys, held_out_share, held_out_min)
+    train, held_out = split(keys, held_out_share)
     peaks = [peak for path in paths if (peak := cache.lines[path][6]) is not None]
     return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone, peaks))
 
@@ -184,7 +188,7 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
     """Calls load_images with a run's constants; prints the warnings, how many files cannot be used, and the first ten.
     The cache is in RUNS_DIR, unless cache_dir is given."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, cache_dir or os.path.join(c.RUNS_DIR, CACHE), c.BACKGROUND,
-                            c.NUM_WORKERS, c.HELD_OUT_SHARE, c.HELD_OUT_MIN, leave_out=c.RUNS_DIR)
+                            c.NUM_WORKERS, c.HELD_OUT_SHARE, leave_out=c.RUNS_DIR)
     for line in image_set.warnings:
         print(f"warning: {line}")
     for reason in UNSUPPORTED:
@@ -240,13 +244,16 @@ def write_skipped(image_set: ImageSet, file: PathLike) -> None:
         out.writelines(f"{printable(path)}: {reason}\n".encode() for path, reason in image_set.skipped)
 
 
-def split(keys: list[float], share: float, least: int) -> tuple[np.ndarray, np.ndarray]:
+def split(keys: list[float], share: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns (train, held_out), int64 indices: image i is held out if keys[i], in [0, 1), is below `share`.
 
-    Holds nothing out if that would be fewer than `least` images, or all.
+    A set of less than SMALL_SET images holds out at least SMALL_SET_SHARE and about SMALL_SET_LEAST images; one of less
+    than 5 * SMALL_SET_LEAST, or any with share 0, none.
     """
+    if len(keys) < SMALL_SET and share:
+        share = max(share, SMALL_SET_SHARE, SMALL_SET_LEAST / len(keys))
     below = np.array(keys) < share
-    if below.sum() < least or below.all():
+    if len(keys) < 5 * SMALL_SET_LEAST or below.all():
         below[:] = False
     return np.flatnonzero(~below), np.flatnonzero(below)
 

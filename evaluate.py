@@ -209,6 +209,13 @@ def shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
     return rows[random_keys.numpy_generator(seed, "evaluate").permutation(len(rows))]
 
 
+@torch.inference_mode()
+def critic_scores(critic: nn.Module, images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> the critic's scores (N,), on the CPU."""
+    device = next(critic.parameters()).device
+    return torch.cat([critic(data.to_image(part.to(device))).cpu() for part in images.split(BATCH)])
+
+
 def thumbnails(images: Tensor) -> Tensor:
     """uint8 (N, C, H, W) -> points (N, C * 16 * 16): the images at 16 x 16 pixels, scaled so that the distance between
     two points is the root mean square of their difference in grey levels."""

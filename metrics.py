@@ -93,6 +93,14 @@ def precision_and_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -
     return share_within(generated, real), share_within(real, generated)
 
 
+def overfitting(train: Tensor, held_out: Tensor, fake: Tensor) -> float:
+    """r_v = (E D(train) - E D(held out)) / (E D(train) - E D(fake)), from critic scores (N,) of any numbers of images:
+    0 if the critic treats unseen images like training images, 1 if it treats them like generated ones (Karras et al.
+    2020, "Training Generative Adversarial Networks with Limited Data", equation 1)."""
+    train, held_out, fake = (scores.double().mean() for scores in (train, held_out, fake))
+    return ((train - held_out) / (train - fake)).item()
+
+
 # ------------------------------------------------------------------------------------- points
 
 def diversity(generated: Tensor, real: Tensor) -> float:

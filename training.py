@@ -32,6 +32,7 @@ import demo_images
 import distributed
 import evaluate
 import latent_space
+import metrics
 import report
 import run_state
 import update
@@ -147,11 +148,24 @@ class Evaluation:
             self.extractor = evaluate.find_extractor(self.state.device)
             self.real = evaluate.sample_images(self.image_set, count)
             evaluate.print_count_warning(min(count, len(self.real)))
+            self.held_out = data.read_batch(self.image_set, evaluate.shuffled(self.image_set.held_out)[:count // 4])
             self.features = self.gather_features(self.real.tensor_split(ranks.size)[ranks.rank])
         made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, count, self.c.SEED, share=(ranks.rank, ranks.size))
         features, made = self.gather_features(made), torch.cat(distributed.gather(ranks, made))
-        return distributed.on_rank_0(ranks, lambda: evaluate.scores(made, self.real, self.extractor, self.features,
-                                                                    features))
+        return distributed.on_rank_0(ranks, lambda: {
+            **evaluate.scores(made, self.real, self.extractor, self.features, features), **self.of_held_out(made)})
+
+    def of_held_out(self, made: torch.Tensor) -> dict[str, float]:
+        """Returns scores that compare held-out with training and generated images: the critic's overfitting, and KID of
+        the reconstructions, which needs fewer images than the other scores."""
+        if len(self.held_out) < evaluate.LEAST:
+            return {}
+        found = {"overfitting": metrics.overfitting(*(
+            evaluate.critic_scores(self.state.critic, images) for images in (self.real, self.held_out, made)))}
+        if self.extractor is not None:
+            _, reconstructed = evaluate.encode_and_reconstruct(self.state.ema, self.held_out)
+            found["reconstruction_kid"], _ = metrics.kernel_distance(self.extractor(reconstructed), self.features)
+        return found
 
     def gather_features(self, images: torch.Tensor) -> torch.Tensor | None:
         """Returns the features of all ranks' images, or None without an extractor."""

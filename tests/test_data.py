@@ -261,8 +261,8 @@ def test_content_changed_at_equal_size_and_mtime_is_decoded_again(tmp_path, imag
 
 
 def test_a_chmod_keeps_every_image_in_its_place_and_on_its_side(tmp_path, image_folder, opened):
-    root = image_folder(40)
-    options = {"held_out_share": 0.5, "held_out_min": 1}
+    root = image_folder(80)
+    options = {"held_out_share": 0.5}
     first = load(root, tmp_path, **options)
     pixel_file = next(cache_folder(tmp_path).glob("*.u8"))
     size = pixel_file.stat().st_size
@@ -270,11 +270,11 @@ def test_a_chmod_keeps_every_image_in_its_place_and_on_its_side(tmp_path, image_
         os.chmod(f"{root}/{name}", 0o600)
     opened.clear()
     images = load(root, tmp_path, **options)
-    assert len(opened) == 40 and np.array_equal(images.held_out, first.held_out) and len(images.held_out)
+    assert len(opened) == 80 and np.array_equal(images.held_out, first.held_out) and len(images.held_out)
     assert pixel_file.stat().st_size == size                        # no image was written a second time
     opened.clear()
     assert load(root, tmp_path, **options).paths == first.paths and opened == []
-    flat(f"{root}/0039b.png")                                       # and what is appended later has its own place
+    flat(f"{root}/0079b.png")                                       # and what is appended later has its own place
     assert_as_fresh(load(root, tmp_path), root, tmp_path)
 
 
@@ -474,7 +474,7 @@ def test_a_scan_that_ends_early_leaves_no_process_and_is_continued(tmp_path, ima
 
 def test_equal_images_stay_on_one_side_and_none_changes_sides(tmp_path, image_folder):
     def held_out():
-        images = load(root, tmp_path, held_out_share=0.3, held_out_min=1)
+        images = load(root, tmp_path, held_out_share=0.3)
         return {images.paths[index] for index in images.held_out}
 
     root = image_folder(60)
@@ -487,14 +487,13 @@ def test_equal_images_stay_on_one_side_and_none_changes_sides(tmp_path, image_fo
     assert {path for path in held_out() if "more/" not in path} == held
 
 
-def test_nothing_is_held_out_if_that_would_be_too_few_or_all():
-    keys = [number / 256 for number in range(256)]
-    train, held_out = data.split(keys, 0.25, 64)
-    assert held_out.tolist() == list(range(64)) and train.tolist() == list(range(64, 256))
-    for share, least in ((0.25, 65), (1.0, 1), (0.0, 0)):
-        train, held_out = data.split(keys, share, least)
-        assert held_out.size == 0 and train.tolist() == list(range(256))
-        assert train.dtype == held_out.dtype == np.int64
+@pytest.mark.parametrize("count, share, expected", [
+    (6400, 0.02, 128), (3200, 0.02, 64), (3199, 0.02, 160), (1000, 0.02, 50), (320, 0.02, 16), (100, 0.02, 16),
+    (80, 0.02, 16), (79, 0.02, 0), (1000, 0.25, 250), (1000, 0.0, 0), (1000, 1.0, 0)])
+def test_the_share_of_held_out_images_depends_on_the_size_of_the_set(count, share, expected):
+    train, held_out = data.split([number / count for number in range(count)], share)
+    assert held_out.tolist() == list(range(expected)) and train.tolist() == list(range(expected, count))
+    assert train.dtype == held_out.dtype == np.int64
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (8, 20)])

@@ -264,3 +264,11 @@ def test_sliced_wasserstein_depends_on_its_seed_and_leaves_the_global_generators
 def test_sliced_wasserstein_refuses_sets_of_wrong_shapes(a, b, message):
     with pytest.raises(ValueError, match=message):
         metrics.sliced_wasserstein(a, b)
+
+
+# ------------------------------------------------------------------------------------- critic scores
+
+def test_overfitting_is_0_for_a_critic_that_generalises_and_1_for_one_that_memorises():
+    train, fake = torch.tensor([3.0, 5.0]), torch.tensor([-1.0, 0.0, 1.0])
+    assert [metrics.overfitting(train, torch.tensor(held_out), fake)
+            for held_out in ([4.0], [0.0, 0.0], [1.0, 3.0])] == [0, 1, 0.5]

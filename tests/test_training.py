@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -288,6 +289,14 @@ def test_scores_are_those_of_the_averaged_generator_with_the_same_noise(run, mon
     assert [args[1:] for args, _ in calls] == [(16, 6, 0)] * 2
     assert not any(p.requires_grad for p in calls[0][0][0].parameters())           # the averaged one
     assert len(calls[0][1]) == 6 and not torch.equal(calls[0][1], calls[1][1])
+
+
+def test_held_out_images_are_scored_too(run, tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: lambda images: images.flatten(1).float())
+    images = image_folder(80, name="more")
+    assert run("--steps", "2", "--evaluate-every", "2", "--evaluate-count", "64", images=images) == 0
+    line = next(line for line in lines(tmp_path, "more") if "evaluate_kid" in line)
+    assert math.isfinite(line["evaluate_overfitting"]) and line["evaluate_reconstruction_kid"] > 0
 
 
 @pytest.mark.slow
