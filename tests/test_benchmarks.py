@@ -141,20 +141,40 @@ def test_soak_ends_like_the_uninterrupted_run(start):
     assert "2 kills" in out and "equal to those of the uninterrupted run" in out
 
 
+PEER = """
+import argparse, json, numpy
+parser = argparse.ArgumentParser()
+parser.add_argument("--minutes", nargs="+", type=float)
+for flag in ("--data", "--seed", "--count", "--out", "--runs-dir"):
+    parser.add_argument(flag)
+flags = parser.parse_args()
+for minutes in flags.minutes:
+    shape = (int(flags.count), 3, 64, 64)
+    numpy.save(f"{flags.out}/{minutes:g}.npy", numpy.random.default_rng(0).integers(0, 256, shape, dtype=DTYPE))
+    print(json.dumps({"minutes": minutes, "steps": 1, "images_seen": 7}))
+"""
+
+
 @pytest.mark.slow
-def test_quality_trains_both_sides_scores_them_and_continues_from_its_results(start, image_folder, tmp_path):
+def test_quality_trains_all_sides_scores_them_and_continues_from_its_results(start, image_folder, tmp_path):
     images = image_folder(40, name="set")
-    flags = ("--data", str(images), "--minutes", "0.02", "--count", "36", "--out", str(tmp_path / "out"), "--",
-             *SMALL[2:], "--patch", "16")
+    (tmp_path / "noise.py").write_text(PEER.replace("DTYPE", "numpy.uint8"))
+    (tmp_path / "wrong.py").write_text(PEER.replace("DTYPE", "int"))
+    flags = ("--data", str(images), "--minutes", "0.02", "0.01", "--count", "36", "--out", str(tmp_path / "out"),
+             "--peers", str(tmp_path / "noise.py"), "--", *SMALL[2:], "--patch", "16")
     status, out, error = start("quality.py", *flags)
     if evaluate.find_extractor("cpu") is None:
         assert status == 2 and "requirements-weights.txt" in error
         return
     assert status == 0, error
     assert "set, seed 0: DCGAN" in out and "of DCGAN's, median of 1 seeds" in out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| set | 0.")]
+    assert [row[1:3] for row in rows] == [[minutes, side] for minutes in ("0.01", "0.02")
+                                          for side in ("this project", "DCGAN", "noise")]
+    assert 0 < int(rows[0][4]) < int(rows[3][4]) and rows[2][5] == "7"
     assert (tmp_path / "out" / "set_seed0.png").is_file()
     status, again, error = start("quality.py", *flags)
     assert status == 0 and "seed 0:" not in again, error
-    assert again.splitlines()[-5:] == out.splitlines()[-5:]
-    status, _, error = start("quality.py", *flags[:3], "1", *flags[4:])
-    assert status == 2 and "holds trainings of 0.02 minutes" in error
+    assert again.splitlines()[-9:] == out.splitlines()[-9:]
+    status, _, error = start("quality.py", *flags[:10], str(tmp_path / "wrong.py"), *flags[11:])
+    assert status == 2 and "wrong.py: must print" in error and "0.01.npy is torch.int64" in error

@@ -1,16 +1,18 @@
 """The DCGAN of PyTorch's examples, as a yardstick for quality.py: the same settings, written anew.
 
-    python benchmarks/peers/dcgan.py --data ./images --minutes 20 --count 2048 --out images.npy
+    python benchmarks/peers/dcgan.py --data ./images --minutes 5 20 --count 2048 --out images
 
 Radford et al. 2016, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks":
 64 px, z of 100, batch 64, Adam at 2e-4 with betas 0.5 and 0.999, binary cross-entropy, BatchNorm, weights from
 N(0, 0.02). Reads images through data.py. Generates in batches of 64 with the statistics of the batch, as the example
-does. Writes the images as uint8 (N, 3, 64, 64). The last line printed is a JSON object: steps, images seen, seconds.
+does. At each of the --minutes it writes images as uint8 (N, 3, 64, 64) to OUT/MINUTES.npy, while the clock stops, and
+prints a JSON object: minutes, steps, images_seen.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +56,16 @@ def initialise(module):
         nn.init.zeros_(module.bias)
 
 
-def train(image_set: data.ImageSet, minutes: float, seed: int, device: torch.device) -> tuple[nn.Module, int, float]:
-    """Returns the trained generator, the number of steps and their seconds."""
+def train(image_set: data.ImageSet, minutes: Sequence[float], seed: int,
+          device: torch.device) -> Iterator[tuple[float, nn.Module, int]]:
+    """Trains for the longest of `minutes`. Yields each of them, the generator and the number of steps."""
     torch.manual_seed(seed)
     g, d = (net().apply(initialise).to(device) for net in (generator, discriminator))
     g_optimizer, d_optimizer = (torch.optim.Adam(net.parameters(), LEARNING_RATE, BETAS) for net in (g, d))
     loss, ones, zeros = nn.BCEWithLogitsLoss(), torch.ones(BATCH, device=device), torch.zeros(BATCH, device=device)
-    step, start = 0, time.monotonic()
-    while (seconds := time.monotonic() - start) < 60 * minutes:
+    step, seconds, times = 0, 0.0, sorted(minutes)
+    while times:
+        start = time.monotonic()
         indices = image_set.train[data.batch_indices(len(image_set.train), seed, step * BATCH, BATCH)]
         real = data.to_image(data.read_batch(image_set, indices).to(device))
         fake = g(torch.randn(BATCH, LATENT, 1, 1, device=device))
@@ -73,8 +77,9 @@ def train(image_set: data.ImageSet, minutes: float, seed: int, device: torch.dev
         g.zero_grad()
         loss(d(fake).flatten(), ones).backward()
         g_optimizer.step()
-        step += 1
-    return g, step, seconds
+        step, seconds = step + 1, seconds + time.monotonic() - start
+        while times and seconds >= 60 * times[0]:
+            yield times.pop(0), g, step
 
 
 @torch.no_grad()
@@ -88,18 +93,19 @@ def generate(g: nn.Module, count: int, device: torch.device) -> torch.Tensor:
 def start(argv) -> None:
     parser = command_line.Parser("dcgan.py", __doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
-    parser.add_argument("--minutes", type=positive(float), default=20.0, metavar="X", help="[%(default)s]")
+    parser.add_argument("--minutes", type=positive(float), nargs="+", default=[20.0], metavar="X", help="[20]")
     parser.add_argument("--count", type=positive(int), default=2048, metavar="N", help="images to write [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path("dcgan.npy"), metavar="FILE", help="[%(default)s]")
+    parser.add_argument("--out", type=Path, default=Path("dcgan"), metavar="DIR", help="[%(default)s]")
     parser.add_argument("--runs-dir", default="runs", metavar="DIR", help="its .cache holds the decoded images")
     arguments = parser.parse_args(argv)
     device = command_line.choose_device("auto")
     image_set = data.load_images(arguments.data, IMAGE_SIZE, 3, Path(arguments.runs_dir) / ".cache",
                                  leave_out=arguments.runs_dir)
-    g, steps, seconds = train(image_set, arguments.minutes, arguments.seed, device)
-    np.save(arguments.out, generate(g, arguments.count, device).numpy())
-    print(json.dumps({"steps": steps, "images_seen": steps * BATCH, "seconds": round(seconds, 1)}))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for minutes, g, steps in train(image_set, arguments.minutes, arguments.seed, device):
+        np.save(arguments.out / f"{minutes:g}.npy", generate(g, arguments.count, device).numpy())
+        print(json.dumps({"minutes": minutes, "steps": steps, "images_seen": steps * BATCH}), flush=True)
 
 
 if __name__ == "__main__":
