@@ -263,6 +263,14 @@ def print_scores(found: dict[str, float], extractor: Extractor | None) -> None:
     print_value("sliced Wasserstein", found["sliced_wasserstein"], "mean over the levels of a Laplacian pyramid")
 
 
+def print_dot_pattern(generated: Tensor, real: Tensor) -> None:
+    """Prints how much stronger a pattern of dots is in generated than in real images, uint8 (N, C, H, W)."""
+    for period in (2, 4):
+        made, expected = (metrics.excess_power(images, period) for images in (generated, real))
+        print_value(f"dots, period {period}", made / expected, f"power at {period} pixels, relative to periods near it "
+                    f"and to real images ({expected:.2f}); above 1.5 a pattern of dots is visible")
+
+
 def print_count_warning(count: int) -> None:
     """Warns about scores of few images."""
     if count < MEANINGFUL:
@@ -407,6 +415,7 @@ def start(argv: Sequence[str] | None) -> None:
     print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
     print_count_warning(min(len(made), len(real)))
     print_scores(scores(made, real, extractor, real_features), extractor)
+    print_dot_pattern(made, real)
     sheets = {"copies.png": check_copies(made[:COPY_CHECK], image_set)}
     if generator:
         rows, mu, l1_errors = reconstruct_folder(generator, image_set, arguments.count)

@@ -163,6 +163,27 @@ def absolute_error(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() - b.float()).abs().mean((1, 2, 3))
 
 
+def excess_power(images: Tensor, period: int) -> float:
+    """Returns the power of the images' rows and columns at a period of 2 or 4 pixels, divided by the power at four
+    frequencies near it: near 1 for photographs, many times that for images with a pattern of dots, which transposed
+    convolutions and pooling leave (Odena et al. 2016, "Deconvolution and Checkerboard Artifacts").
+
+    images (N, C, H, W), uint8 or float, square, H a multiple of 4 and at least 32. Raises ValueError for others.
+    """
+    side = images.shape[3]
+    if images.ndim != 4 or images.shape[2] != side or side % 4 or side < 32:
+        raise ValueError(f"{tuple(images.shape)}: images must be (N, C, H, W), square, H a multiple of 4 from 32")
+    window = torch.hann_window(side, periodic=True)                         # without it, edges have power everywhere
+    powers = []
+    for part in images.split(IMAGE_GROUP):
+        lines = torch.cat([part, part.transpose(2, 3)]).float()
+        lines = (lines - lines.mean(3, keepdim=True)) * window
+        powers.append(torch.fft.rfft(lines).abs().square().mean((1, 2)))
+    power, at = torch.cat(powers).mean(0), side // period
+    near = [i for i in (at - 4, at - 3, at + 3, at + 4) if i < len(power)]  # the window spreads a line over at +- 1
+    return (power[at] / power[near].mean()).item()
+
+
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     """(N, C, H, W) float -> levels (N, C, h, w), finest first (Burt and Adelson 1983).
 

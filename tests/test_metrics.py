@@ -272,3 +272,22 @@ def test_overfitting_is_0_for_a_critic_that_generalises_and_1_for_one_that_memor
     train, fake = torch.tensor([3.0, 5.0]), torch.tensor([-1.0, 0.0, 1.0])
     assert [metrics.overfitting(train, torch.tensor(held_out), fake)
             for held_out in ([4.0], [0.0, 0.0], [1.0, 3.0])] == [0, 1, 0.5]
+
+
+# ------------------------------------------------------------------------------------- dots
+
+@pytest.mark.parametrize("period", [2, 4])
+def test_excess_power_is_1_for_noise_and_grows_with_the_power_of_dots(period):
+    """White noise of variance 1 and dots: a wave of amplitude a adds a^2 / 2 (period 4) or a^2 (period 2) to the mean
+    square, and the Hann window concentrates it in one frequency with 2/3 of the side (4/3 for real waves) as gain."""
+    images = torch.randn(400, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    wave = torch.cos(2 * torch.pi * torch.arange(32) / period)
+    lines = images + 0.5 * (wave + wave[:, None])                          # along rows and columns
+    assert metrics.excess_power(images, period) == pytest.approx(1, abs=0.05)
+    power = 0.25 * (1 if period == 2 else 0.25)                            # |amplitude of exp(i w x)|^2
+    assert metrics.excess_power(lines, period) == pytest.approx(1 + power * 32 * 2 / 3, rel=0.05)
+
+
+def test_excess_power_refuses_images_that_are_not_square():
+    with pytest.raises(ValueError, match="must be .* square"):
+        metrics.excess_power(torch.zeros(2, 3, 32, 48), 2)
