@@ -269,6 +269,8 @@ def print_row(name: str, c, device: torch.device, image_set, repeats: int, rate:
 def print_profile(name: str, c, device: torch.device, image_set) -> None:
     """Prints the most expensive purposes of a step without CUDA graph."""
     found, whole, _ = counting.time_by_purpose(eager(c, device, image_set), device)
+    if not whole:
+        raise RunError("the profiler recorded no kernels: CUPTI may be missing or not permitted")
     listed = list(found.items())[:MOST]
     rest = whole - sum(duration for _, (duration, _) in listed), sum(calls for _, calls in list(found.values())[MOST:])
     print(f"\n{name}: {1000 * whole:.2f} ms of {'kernels' if device.type == 'cuda' else 'operators'} in a step\n\n"

@@ -138,8 +138,22 @@ def test_loader_prints_a_row_per_comparison(start, image_folder):
         assert words in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="drops files from Linux's file cache")
+def test_disk_compares_read_batch_with_plain_reads_and_deletes_its_file(start, tmp_path):
+    status, out, error = start("disk.py", "--images", "256", "--seconds", "0.1", "--repeats", "2",
+                               "--folder", str(tmp_path))
+    assert status == 0, error
+    first, *rows = out.splitlines()
+    assert "256 images of 64 px" in first and "warning: the images fit into the memory" in first
+    assert [row.split(" |")[0] for row in rows[2:]] == ["| data.read_batch, batches of 64", "| 1 thread", "| 4 threads",
+                                                        "| 16 threads"]
+    assert "| 12,288 |" in rows[3] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command,words", [
     ("step.py --image-size 33", "--image-size 33"), ("loader.py --data /nowhere", "/nowhere"),
+    ("step.py --rows tpu", "--rows"),
+    ("disk.py --folder /nowhere", "/nowhere"), ("disk.py --images 1000000000", "give another --folder"),
     ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
     ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the"),
     ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),
