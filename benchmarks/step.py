@@ -45,7 +45,7 @@ from errors import RunError
 
 TOLERANCE = 2e-3         # of a loss, relative: float32 sums in another order
 STEPS_PER_TURN = {"cpu": 4, "mps": 4, "cuda": 100}
-COPIED = {"cpu": 2 ** 28, "mps": 2 ** 28, "cuda": 2 ** 32}      # bytes, many times the device's caches
+COPIED = {"cpu": 2 ** 29, "mps": 2 ** 29, "cuda": 2 ** 32}      # bytes, many times the device's caches
 MOST = 10                # purposes that --profile lists
 
 WIDE = "--image-size 64 --batch-size 64 --width 64 --width-max 512 --encoder-width 32"
@@ -223,7 +223,7 @@ def bandwidth(device: torch.device) -> float:
     """Returns the bytes per second that a large copy reads and writes."""
     source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
     target = source.clone()
-    return 2 * len(source) / min(seconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * len(source) / min(seconds(lambda: target.copy_(source)) for _ in range(10))
 
 
 def eager(c, device: torch.device, image_set) -> Callable:
