@@ -14,6 +14,7 @@ import collections
 import functools
 import json
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -171,7 +172,7 @@ def _warnings(images, keys, gone, peaks):
     if different < FEW:
         files = f", in {counted(len(keys), 'file')}" if len(keys) > different else ""
         lines.append(f"only {counted(different, 'different image')}{files}: a model can only copy so few")
-    sample = images[np.linspace(0, len(images) - 1, min(len(images), PLAIN_SAMPLE)).astype(int)]
+    sample = read_images(images, np.linspace(0, len(images) - 1, min(len(images), PLAIN_SAMPLE)).astype(int))
     plain = int((np.ptp(sample.reshape(len(sample), -1, images.shape[3]), axis=1) == 0).all(axis=1).sum())
     if plain > len(sample) * PLAIN_SHARE:
         lines.append(f"{plain:,} of {len(sample):,} images have a single colour, such as black")
@@ -280,11 +281,25 @@ def batch_indices(count: int, seed: int, position: int, batch_size: int, purpose
     return np.concatenate(parts)
 
 
+def read_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns a copy of the images in `rows`.
+
+    First asks the system to read all of them from the disk at the same time. Otherwise each image of a set that is
+    larger than the memory would wait for the one before it, and the system would read up to megabytes around it.
+    """
+    if isinstance(images.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):    # Windows does not have it
+        size = images[0].nbytes
+        for start in (rows * size).tolist():
+            page = start - start % mmap.PAGESIZE
+            images.base.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+    return images[rows]
+
+
 def read_batch(image_set: ImageSet, indices: np.ndarray, flips: np.ndarray | None = None) -> "torch.Tensor":
     """Returns a copy of the images at `indices`, mirrored where `flips` is true: (B, C, H, W) uint8, channels_last."""
     import torch
 
-    batch = image_set.images[indices]    # (B, H, W, C), a copy
+    batch = read_images(image_set.images, indices)    # (B, H, W, C)
     if flips is not None:
         batch[flips] = batch[flips, :, ::-1]
     return torch.from_numpy(batch).permute(0, 3, 1, 2)

@@ -65,7 +65,7 @@ def encode(vae: nn.Module, arrays: Sequence[np.ndarray], batch_size: int = 16) -
 def encode_sample(vae: nn.Module, image_set: data.ImageSet, count: int = 2048) -> Tensor:
     """Returns mu (N, LATENT_DIM) of `count` random training images, the same ones at each call, or of all."""
     order = random_keys.numpy_generator(0, "encode").permutation(len(image_set.train))
-    return encode(vae, image_set.images[np.sort(image_set.train[order[:count]])])
+    return encode(vae, data.read_images(image_set.images, np.sort(image_set.train[order[:count]])))
 
 
 def principal_axes(mu: Tensor) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import tables
 import torch
+from tables import machine
 from torch import nn
 
 import command_line
@@ -108,15 +109,6 @@ def prepare(folder: str, flags: list[str]):
     device = command_line.choose_device(c.DEVICE)
     update.set_up(device, c)
     return c, device, data.load_images_of_run(folder, c)
-
-
-def machine(device: torch.device) -> str:
-    """Returns the name of the GPU, or of the CPU with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def measure_times(arguments) -> None:

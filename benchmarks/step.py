@@ -1,28 +1,38 @@
-"""Speed of one training step, beside a textbook version of the same mathematics and the machine's peak.
+"""Speed of one training step: a table of several settings, and a comparison with a textbook version.
 
-    python benchmarks/step.py --batch-size 16                       # a batch of (16, 3, 128, 128)
     python benchmarks/step.py --image-size 64 --repeats 4           # any constant of config.py
+    python benchmarks/step.py --rows gpu --repeats 3                # the table for the settings ROWS["gpu"]
+    python benchmarks/step.py --profile --batch-size 64             # a step's time by purpose
 
-First checks that both versions compute the same losses. Then both make STEPS_PER_TURN steps in turns, in one process;
-the textbook version uses glibc's default memory settings (update.keep_freed_memory). Prints the medians and the range
-of their ratio over the turns, and the peak of the machine: the faster of a matrix product and a convolution. A table
-lists multiply-adds, backward passes included, and seconds of each part of a step, timed alone. Images are random;
-nothing is read or written.
+The table has a row for each setting:
+    ms per step      in a loop as in training.py, which waits for the device only at its end
+    ms of the graph  CUDA: the recorded graph alone, replayed in such a loop
+    host             CUDA: 1 - graph / step, the share of a step in which the device waits for the host
+    layer            1 - step / step with --alpha-span 1, timed in turns: the share of TransformerParamTanh
+    kernels          CUDA: of a step without CUDA graph, copies included; CPU: calls of operators that write memory
+    GB, ms at least  bytes that the operators read and write, and their time at the device's bandwidth, which a large
+                     copy measures; what a cache keeps from one operator to the next takes less
+    images/s, s per 1,000 images
+
+On the CPU, without --rows and --profile, first checks that this project and the textbook version compute the same
+losses. Then both make steps in turns, in one process; the textbook version uses glibc's default memory settings
+(update.keep_freed_memory). Prints the medians and the range of their ratio over the turns, and the peak of the machine:
+the faster of a matrix product and a convolution. A second table lists multiply-adds, backward passes included, and
+seconds of each part of a step, timed alone. Images are random; nothing is read or written.
 """
 
+import copy
 import statistics
 import sys
 from collections.abc import Callable
 
+import counting
 import numpy as np
 import tables
 import textbook
 import torch
 import torch.nn.functional as F
 from tables import median_and_range, seconds
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import command_line
 import data
@@ -34,34 +44,28 @@ from command_line import positive
 from errors import RunError
 
 TOLERANCE = 2e-3         # of a loss, relative: float32 sums in another order
-STEPS_PER_TURN = 4
+STEPS_PER_TURN = {"cpu": 4, "mps": 4, "cuda": 100}
+COPIED = {"cpu": 2 ** 29, "mps": 2 ** 29, "cuda": 2 ** 32}      # bytes, many times the device's caches
+MOST = 10                # purposes that --profile lists
 
-
-# ------------------------------------------------------------------------------------- multiply-adds
-
-class CountMultiplyAdds(TorchDispatchMode):
-    """Counts the multiply-adds of convolutions and matrix products in `total`.
-
-    torch's FlopCounterMode raises under a double backward, and counts fused attention as 0 on the CPU.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        count = flop_registry.get(getattr(operator, "_overloadpacket", None))
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out) // 2      # the registry counts both operations
-        return out
-
-
-def multiply_adds(function: Callable) -> int:
-    """Returns the multiply-adds of function(), backward passes inside included."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), CountMultiplyAdds() as counter:
-        function()
-    return counter.total
+WIDE = "--image-size 64 --batch-size 64 --width 64 --width-max 512 --encoder-width 32"
+ROWS = {
+    "gpu": {
+        "batch 8": "--image-size 64 --batch-size 8",
+        "batch 16": "--image-size 64 --batch-size 16",
+        "batch 32": "--image-size 64 --batch-size 32",
+        "batch 64": "--image-size 64 --batch-size 64",
+        "batch 64, `--alpha-span 1`": "--image-size 64 --batch-size 64 --alpha-span 1",
+        "wide": WIDE,
+        "wide, `--alpha-span 1`": f"{WIDE} --alpha-span 1",
+        "128 px, batch 16": "--image-size 128 --batch-size 16",
+    },
+    "wide": {"wide": WIDE},
+    "cpu": {
+        "64 px, batch 8": "--image-size 64 --batch-size 8",
+        "128 px, batch 8": "--image-size 128 --batch-size 8",
+    },
+}
 
 
 # ------------------------------------------------------------------------------------- what is timed
@@ -72,6 +76,13 @@ def random_images(c, count: int = 256) -> data.ImageSet:
     smooth = F.interpolate(coarse, size=c.IMAGE_SIZE, mode="bicubic").clamp(0, 1)
     pixels = (smooth * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
     return data.ImageSet(pixels, [str(i) for i in range(count)], np.arange(count), np.arange(0), [])
+
+
+def new_state(c, device: torch.device) -> run_state.State:
+    """Returns the state of a new run, with an alpha head that is not 0: with zeros no gradient passes the head."""
+    state = run_state.new_state(c, device)
+    torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)
+    return state
 
 
 def machine_peak(device: torch.device) -> tuple[float, float]:
@@ -132,7 +143,7 @@ def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
     }
 
 
-# ------------------------------------------------------------------------------------- what is printed
+# ------------------------------------------------------------------------------------- comparison with the textbook
 
 def check_same_losses(state, book, c, image_set) -> None:
     """Makes one step with both versions from the same weights. Raises RunError if a loss differs."""
@@ -151,7 +162,8 @@ def compare(state, book, c, image_set, repeats: int) -> float:
     def turn(step, which):
         update.keep_freed_memory(which is state)
         step(which, c, image_set)                                # settles memory and caches
-        return seconds(lambda: [step(which, c, image_set) for _ in range(STEPS_PER_TURN)]) / STEPS_PER_TURN
+        steps = STEPS_PER_TURN[state.device.type]
+        return seconds(lambda: [step(which, c, image_set) for _ in range(steps)]) / steps
 
     rounds = [(turn(training_step.training_step, state), turn(textbook.training_step, book),
                *machine_peak(state.device)) for _ in range(repeats + 1)][1:]                 # the first one warms up
@@ -173,7 +185,7 @@ def print_parts(state, c, image_set, peak: float, rounds: int) -> None:
         times.append([seconds(lambda: training_step.training_step(state, c, image_set)),
                       *(calls * seconds(function) for function, calls in found.values())])
     step_seconds, *durations = (statistics.median(column) for column in zip(*times[1:]))
-    counts = [calls * multiply_adds(function) for function, calls in found.values()]
+    counts = [calls * counting.multiply_adds(function) for function, calls in found.values()]
     print(f"{'part':36}{'multiply-adds':>15}{'seconds':>10}{'of the step':>13}{'of the peak':>13}")
     for name, count, duration in zip((*found, "a step"), (*counts, sum(counts)), (*durations, step_seconds)):
         print(f"{name:36}{count:15,}{duration:10.3f}{duration / step_seconds:13.0%}{2 * count / duration / peak:13.0%}")
@@ -181,24 +193,123 @@ def print_parts(state, c, image_set, peak: float, rounds: int) -> None:
     print(f"the layer takes {layer / step_seconds:.0%} of a step")
 
 
+def compare_with_textbook(c, device: torch.device, repeats: int) -> None:
+    """Prints the comparison with the textbook version, and the parts of a step."""
+    state, image_set = new_state(c, device), random_images(c)
+    book = textbook.like(state, c)
+    print(f"batch ({c.BATCH_SIZE}, {c.CHANNELS}, {c.IMAGE_SIZE}, {c.IMAGE_SIZE}), {c.TRANSFORMER_HEADS} heads, "
+          f"{c.TRANSFORMER_LAYERS} layers; torch {torch.__version__} on {device}")
+    check_same_losses(state, book, c, image_set)
+    peak = compare(state, book, c, image_set, repeats)
+    update.set_up(device, c)
+    print_parts(state, c, image_set, peak, repeats)
+
+
+# ------------------------------------------------------------------------------------- table
+
+def loop(state, c, image_set, steps: int) -> None:
+    """Makes steps as training.py does, without logged lines."""
+    for _ in range(steps):
+        training_step.training_step(state, c, image_set)
+
+
+def replay(graph: torch.cuda.CUDAGraph, steps: int) -> None:
+    for _ in range(steps):
+        graph.replay()
+
+
+def bandwidth(device: torch.device) -> float:
+    """Returns the bytes per second that a large copy reads and writes."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = source.clone()
+    return 2 * len(source) / min(seconds(lambda: target.copy_(source)) for _ in range(10))
+
+
+def eager(c, device: torch.device, image_set) -> Callable:
+    """Returns a function that makes a step without CUDA graph, warmed up."""
+    c = copy.copy(c)
+    c.CUDA_GRAPH = False
+    state = new_state(c, device)
+    loop(state, c, image_set, update.RecordedStep.WARM_UP)
+    return lambda: training_step.training_step(state, c, image_set)
+
+
+def time_turns(c, device: torch.device, image_set, repeats: int) -> list[float]:
+    """Returns the seconds of a step, of its graph, and of a step with ALPHA_SPAN 1, as medians of `repeats` turns. The
+    graph's are 0 without one, the last are 0 if c has ALPHA_SPAN 1."""
+    steps, state, fixed = STEPS_PER_TURN[device.type], new_state(c, device), copy.copy(c)
+    fixed.ALPHA_SPAN = 1.0
+    without = new_state(fixed, device) if c.ALPHA_SPAN != 1 else None
+    warm_up = update.RecordedStep.WARM_UP + 2
+    loop(state, c, image_set, warm_up)
+    if without:
+        loop(without, fixed, image_set, warm_up)
+    graph = next((recorded.graph for recorded in state.graphs.values()), None)
+    turns = [(seconds(lambda: loop(state, c, image_set, steps)) / steps,
+              seconds(lambda: replay(graph, steps)) / steps if graph else 0,
+              seconds(lambda: loop(without, fixed, image_set, steps)) / steps if without else 0)
+             for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*turns)]
+
+
+def print_row(name: str, c, device: torch.device, image_set, repeats: int, rate: float) -> None:
+    """Prints a row of the table. rate: the device's bandwidth in bytes per second."""
+    whole, alone, fixed = time_turns(c, device, image_set, repeats)
+    step = eager(c, device, image_set)
+    counts = counting.count(step)
+    kernels = counting.time_by_purpose(step, device)[2] if device.type == "cuda" else counts.calls
+    graph, host = (f"{1000 * alone:.2f}", f"{1 - alone / whole:.0%}") if alone else ("", "")
+    layer = f"{1 - fixed / whole:.0%}" if fixed else ""
+    print(f"| {name} | {1000 * whole:.2f} | {graph} | {host} | {layer} | {kernels:,} | {counts.bytes / 1e9:.2f} | "
+          f"{1000 * counts.bytes / rate:.2f} | {c.BATCH_SIZE / whole:,.1f} | {1000 * whole / c.BATCH_SIZE:.2f} |",
+          flush=True)
+
+
+def print_profile(name: str, c, device: torch.device, image_set) -> None:
+    """Prints the most expensive purposes of a step without CUDA graph."""
+    found, whole, _ = counting.time_by_purpose(eager(c, device, image_set), device)
+    if not whole:
+        raise RunError("the profiler recorded no kernels: CUPTI may be missing or not permitted")
+    listed = list(found.items())[:MOST]
+    rest = whole - sum(duration for _, (duration, _) in listed), sum(calls for _, calls in list(found.values())[MOST:])
+    print(f"\n{name}: {1000 * whole:.2f} ms of {'kernels' if device.type == 'cuda' else 'operators'} in a step\n\n"
+          "| purpose | ms | share | calls |\n| --- | --- | --- | --- |")
+    for label, (duration, calls) in (*listed, ("all others", rest)):
+        print(f"| {label} | {1000 * duration:.2f} | {duration / whole:.1%} | {calls:,} |")
+
+
+def print_rows(settings: dict, device: torch.device, repeats: int, profile: bool) -> None:
+    """Prints the table for {name: constants}, or with profile the purposes of each."""
+    rate = bandwidth(device)
+    print(f"{tables.machine(device)}, {rate / 1e9:,.0f} GB/s; torch {torch.__version__}")
+    if not profile:
+        print("| setting | ms per step | ms of the graph | host | layer | kernels | GB | ms at least | images/s | "
+              "s per 1,000 images |\n|" + " --- |" * 10)
+    for name, c in settings.items():
+        image_set = random_images(c)
+        if profile:
+            print_profile(name, c, device, image_set)
+        else:
+            print_row(name, c, device, image_set, repeats, rate)
+
+
 # ------------------------------------------------------------------------------------- command line
 
 def start(argv) -> None:
     parser = command_line.Parser("step.py", __doc__)
     parser.add_argument("--repeats", type=positive(int), default=8, metavar="N", help="timed turns [%(default)s]")
+    parser.add_argument("--rows", choices=ROWS, help="print only the table, for these settings and the other flags")
+    parser.add_argument("--profile", action="store_true", help=f"print the {MOST} most expensive purposes of a step")
     arguments = tables.parse(parser, argv)
-    c, _ = command_line.parse_constants(arguments.flags)
+    rows = ROWS[arguments.rows] if arguments.rows else {" ".join(arguments.flags) or "default": ""}
+    settings = {name: command_line.parse_constants([*flags.split(), *arguments.flags])[0]
+                for name, flags in rows.items()}
+    c = next(iter(settings.values()))
     device = command_line.choose_device(c.DEVICE)
     update.set_up(device, c)
-    state, image_set = run_state.new_state(c, device), random_images(c)
-    torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)     # with zeros no gradient passes the head
-    book = textbook.like(state, c)
-    print(f"batch ({c.BATCH_SIZE}, {c.CHANNELS}, {c.IMAGE_SIZE}, {c.IMAGE_SIZE}), {c.TRANSFORMER_HEADS} heads, "
-          f"{c.TRANSFORMER_LAYERS} layers; torch {torch.__version__} on {device}")
-    check_same_losses(state, book, c, image_set)
-    peak = compare(state, book, c, image_set, arguments.repeats)
-    update.set_up(device, c)
-    print_parts(state, c, image_set, peak, arguments.repeats)
+    if not (arguments.rows or arguments.profile or device.type == "cuda"):
+        compare_with_textbook(c, device, arguments.repeats)
+    print_rows(settings, device, arguments.repeats, arguments.profile)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ def seconds(function: Callable) -> float:
     return now() - start
 
 
+def machine(device: torch.device) -> str:
+    """Returns the name of the GPU, or of the CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
 def median_and_range(values: Sequence[float], digits: int = 2) -> str:
     """Returns "1.88 (0.55 to 2.52)"."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -11,6 +11,7 @@ from conftest import SMALL
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import counting
 import feedback
 import step
 
@@ -40,36 +41,55 @@ def networks():
     return model_definitions.build(c)
 
 
-# ------------------------------------------------------------------------------------- multiply-adds
+# ------------------------------------------------------------------------------------- counting
 
 def test_counted_multiply_adds_are_those_counted_by_hand():
     def layers():
         y = torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), padding=1)
         return y.flatten(1) @ torch.ones(4 * 8 * 8, 10)
 
-    assert step.multiply_adds(layers) == 2 * (4 * 3 * 9 * 64 + 256 * 10)
+    assert counting.multiply_adds(layers) == 2 * (4 * 3 * 9 * 64 + 256 * 10)
 
 
 def test_the_count_includes_attention():
     tokens, dim = 16, 24
     block = networks()[0].layer.transformer.layers[0]
     by_hand = tokens * dim * (4 * dim + 2 * 4 * dim) + 2 * tokens * tokens * dim    # Linear layers, then attention
-    assert step.multiply_adds(lambda: block(torch.zeros(1, tokens, dim))) == by_hand
+    assert counting.multiply_adds(lambda: block(torch.zeros(1, tokens, dim))) == by_hand
 
 
 def test_the_count_includes_the_inner_gradient_of_the_penalty():
     critic, image = networks()[1], torch.zeros(2, 3, 32, 32)
-    forward = step.multiply_adds(lambda: critic(image))
-    assert step.multiply_adds(lambda: losses.gradient_norm(critic, image)) > 1.9 * forward
+    forward = counting.multiply_adds(lambda: critic(image))
+    assert counting.multiply_adds(lambda: losses.gradient_norm(critic, image)) > 1.9 * forward
 
 
 def test_the_parts_of_a_step_count_what_a_whole_step_counts():
     c, _ = command_line.parse_constants(SMALL)
     state, images = run_state.new_state(c, torch.device("cpu")), step.random_images(c, 16)
     torch.nn.init.normal_(state.generator.layer.to_s.weight, std=0.02)
-    parts = sum(calls * step.multiply_adds(function) for function, calls in step.parts(state, c, images).values())
-    whole = step.multiply_adds(lambda: training_step.training_step(state, c, images))
+    parts = sum(calls * counting.multiply_adds(function) for function, calls in step.parts(state, c, images).values())
+    whole = counting.multiply_adds(lambda: training_step.training_step(state, c, images))
     assert parts == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("operation,tensors", [
+    (lambda a, b: a + b, 3), (lambda a, b: a.add_(b), 3), (lambda a, b: a.copy_(b), 2), (lambda a, b: a.zero_(), 1),
+    (lambda a, b: torch.cat([a, b]), 4), (lambda a, b: torch._foreach_add_([a, a], [b, b]), 6),
+    (lambda a, b: a.view(10, 100)[3:].T, 0), (lambda a, b: a.new_empty(1000), 0),
+    (lambda a, b: a[:500].expand(8, 500).clone(), 9 / 2)])
+def test_counted_bytes_are_those_read_and_written(operation, tensors):
+    a, b = torch.zeros(1000), torch.ones(1000)
+    assert counting.count(lambda: operation(a, b)).bytes == tensors * 4000
+
+
+def test_the_purposes_of_a_step_take_its_whole_time():
+    c, _ = command_line.parse_constants(SMALL)
+    state, images = run_state.new_state(c, torch.device("cpu")), step.random_images(c, 16)
+    found, whole, _ = counting.time_by_purpose(lambda: training_step.training_step(state, c, images), state.device)
+    assert sum(duration for duration, _ in found.values()) == pytest.approx(whole, rel=1e-3)
+    assert set(found) == set(counting.PURPOSES)
+    assert found["convolution, forward"][1] > 10
 
 
 # ------------------------------------------------------------------------------------- scripts
@@ -79,6 +99,26 @@ def test_step_compares_losses_and_prints_ratio_and_parts(start):
     assert status == 0, error
     for words in ("same losses: critic_loss", "ratio", "GFLOP/s", "critic scores", "the layer takes"):
         assert words in out
+
+
+def test_step_prints_a_row_per_setting(start):
+    status, out, error = start("step.py", "--rows", "cpu", "--repeats", "1", *SMALL)
+    assert status == 0, error
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[3:]]
+    assert [row[0] for row in rows] == list(step.ROWS["cpu"])
+    for _, ms, graph, host, layer, kernels, gigabytes, floor, rate, _ in rows:
+        assert graph == host == "" and layer.endswith("%") and int(kernels) > 100
+        assert 0 < float(floor) < float(ms) and 0 < float(gigabytes) < 1
+        assert float(rate) == pytest.approx(4000 / float(ms), rel=0.1)
+
+
+def test_step_lists_the_most_expensive_purposes(start):
+    status, out, error = start("step.py", "--profile", *SMALL)
+    assert status == 0, error
+    rows = [line.split("|") for line in out.splitlines() if line.endswith(" |")][2:]
+    shares = [float(row[3].strip(" %")) for row in rows]
+    assert len(rows) == step.MOST + 1 and sum(shares) == pytest.approx(100, abs=1)
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
 
 
 def test_step_fails_if_the_losses_differ(start, monkeypatch):
@@ -98,8 +138,22 @@ def test_loader_prints_a_row_per_comparison(start, image_folder):
         assert words in out
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="drops files from Linux's file cache")
+def test_disk_compares_read_batch_with_plain_reads_and_deletes_its_file(start, tmp_path):
+    status, out, error = start("disk.py", "--images", "256", "--seconds", "0.1", "--repeats", "2",
+                               "--folder", str(tmp_path))
+    assert status == 0, error
+    first, *rows = out.splitlines()
+    assert "256 images of 64 px" in first and "warning: the images fit into the memory" in first
+    assert [row.split(" |")[0] for row in rows[2:]] == ["| data.read_batch, batches of 64", "| 1 thread", "| 4 threads",
+                                                        "| 16 threads"]
+    assert "| 12,288 |" in rows[3] and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command,words", [
     ("step.py --image-size 33", "--image-size 33"), ("loader.py --data /nowhere", "/nowhere"),
+    ("step.py --rows tpu", "--rows"),
+    ("disk.py --folder /nowhere", "/nowhere"), ("disk.py --images 1000000000", "give another --folder"),
     ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
     ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the"),
     ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),

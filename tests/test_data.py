@@ -496,6 +496,24 @@ def test_the_share_of_held_out_images_depends_on_the_size_of_the_set(count, shar
     assert train.dtype == held_out.dtype == np.int64
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads Linux's count of bytes from disks")
+def test_a_batch_reads_only_its_own_images_from_the_disk(tmp_path):
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().partition("read_bytes:")[2].split()[0])
+
+    count, size = 2000, 64 * 64 * 3
+    with open(tmp_path / "pixels.u8", "wb") as file:
+        file.write(os.urandom(count * size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    pixels = np.memmap(tmp_path / "pixels.u8", np.uint8, "r", shape=(count, 64, 64, 3))
+    images = data.ImageSet(pixels, [], np.arange(count), np.arange(0), [])
+    rows, before = np.arange(5, count, 500), bytes_read()
+    data.read_batch(images, rows)
+    assert bytes_read() - before <= len(rows) * size
+
+
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (8, 20)])
 def test_batches_are_one_endless_chain_of_permutations(count, batch_size):
     batches = [data.batch_indices(count, 3, step * batch_size, batch_size) for step in range(5 * count)]

@@ -289,5 +289,5 @@ def test_excess_power_is_1_for_noise_and_grows_with_the_power_of_dots(period):
 
 
 def test_excess_power_refuses_images_that_are_not_square():
-    with pytest.raises(ValueError, match="must be .* square"):
+    with pytest.raises(ValueError, match=r"must be .* square"):
         metrics.excess_power(torch.zeros(2, 3, 32, 48), 2)
