@@ -29,12 +29,10 @@ def interpolate(real: Tensor, fake: Tensor, e: Tensor) -> Tensor:
 
 
 def gradient_norm(critic: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """||grad_x D(x)||_2 of each image over all C*H*W entries: (B, C, H, W) -> (B,), differentiable.
-
-    torch.func.grad gives the gradient of torch.autograd.grad(..., create_graph=True). The clamp keeps the derivative
-    of the square root finite where the gradient is 0.
-    """
-    gradient = torch.func.grad(lambda x: critic(x).sum())(image)
+    """||grad_x D(x)||_2 of each image over all C*H*W entries: (B, C, H, W) -> (B,), differentiable with respect to the
+    critic's weights. The clamp keeps the derivative of the square root finite where the gradient is 0."""
+    image = image.detach().requires_grad_()
+    gradient, = torch.autograd.grad(critic(image).sum(), image, create_graph=True)
     return gradient.flatten(1).square().sum(1).clamp_min(1e-12).sqrt()
 
 

@@ -200,7 +200,9 @@ def test_both_updates_of_a_step_share_one_pass_of_the_generator(start, monkeypat
 
 def test_the_mean_deviation_is_that_of_torch():
     images = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(training_step.mean_deviation(images), images.std(0, correction=0).mean())
+    torch.testing.assert_close(training_step.mean_deviation(images, 0), images.std(0, correction=0).mean())
+    torch.testing.assert_close(training_step.mean_deviation(images.flatten(1), 1),
+                               images.std((1, 2, 3), correction=0).mean())
 
 
 def test_constant_alpha_trains_without_the_transformer(start):
