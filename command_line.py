@@ -47,8 +47,9 @@ LIMITS = {
             f"a name of at most {RUN_BYTES} bytes without slashes or a leading dot"),
     "RUNS_DIR": (lambda v: v != "", "the name of a folder"),
 }
-MAY_BE_ZERO = ("STEPS", "MINUTES", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "EMA_HALF_LIFE_KIMG",
-               "MICRO_BATCH", "MAX_ROLLBACKS", "EVALUATE_EVERY", "DEVICE_IMAGES")     # and every LAMBDA
+MAY_BE_ZERO = ("STEPS", "MINUTES", "FINAL_WIDTH", "VIDEO_BRIGHTNESS", "VIDEO_NOISE", "MICRO_BATCH", "DECAY_FROM_KIMG",
+               "DECAY_TO_KIMG", "EMA_HALF_LIFE_KIMG", "MAX_ROLLBACKS", "DEVICE_IMAGES",
+               "EVALUATE_EVERY")                                                       # and every LAMBDA
 
 
 # ------------------------------------------------------------------------------------- scripts

@@ -172,17 +172,34 @@ class DecoderBlock(nn.Module):
         return (x + self.residual(F.relu(self.residual_norm(x, z), inplace=True))) * math.sqrt(0.5)
 
 
+class AddDetail(nn.Module):
+    """Adds a convolution of the remaining channels to the first ones, the pixels: (B, C + FINAL_WIDTH, H, W) ->
+    (B, C, H, W). The decoder's only layer at full size. A normalisation there would remove each image's own brightness
+    and contrast: photos got worse. Starts as 0."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.conv = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        return x[:, :self.channels] + self.conv(F.relu(x[:, self.channels:]))
+
+
 # ------------------------------------------------------------------------------------- VAE
 
 class VAE(nn.Module):
     """Encoder: blocks of Conv2d, GroupNorm, ReLU and MaxPool2d, and Linear heads for mu and logvar. Decoder: Linear,
-    DecoderBlocks with ConvTranspose2d, and a Sigmoid (Kingma and Welling 2013, "Auto-Encoding Variational Bayes").
+    DecoderBlocks with ConvTranspose2d, AddDetail if final_width is not 0, and a Sigmoid (Kingma and Welling 2013,
+    "Auto-Encoding Variational Bayes").
 
     image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
 
     def __init__(self, image_size: int, channels: int = 3, latent_dim: int = 128, width: int = 24,
-                 width_max: int = 256, encoder_width: int = 16, recompute: bool = False):
+                 width_max: int = 256, encoder_width: int = 16, final_width: int = 0, recompute: bool = False):
         super().__init__()
         self.latent_dim, self.recompute = latent_dim, recompute
         self.encoder, features = conv_tower(image_size, channels, encoder_width, width_max, for_critic=False)
@@ -193,9 +210,11 @@ class VAE(nn.Module):
         channel_list = widths(image_size, width, width_max)[::-1]              # from the widest to `width`
         self.start_shape = (channel_list[0], side_list[0], side_list[0])
         self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
+        channel_pairs = pairwise([*channel_list, channels + final_width])
         self.decoder = nn.ModuleList(
             DecoderBlock(a, b, latent_dim, output_padding=next_side - 2 * side, last=next_side == image_size)
-            for (a, b), (side, next_side) in zip(pairwise([*channel_list, channels]), pairwise(side_list)))
+            for (a, b), (side, next_side) in zip(channel_pairs, pairwise(side_list)))
+        self.detail = AddDetail(channels, final_width) if final_width else nn.Identity()
 
         he_init(self.from_z, self.decoder)
         for module in self.decoder.modules():
@@ -217,7 +236,8 @@ class VAE(nn.Module):
         hidden = self.from_z(z).unflatten(1, self.start_shape)                 # (B, C, 4..7, 4..7)
         hidden = apply_in_turn(self.decoder[:-1], hidden, z, recompute=self.recompute)
         with full_precision(hidden):                         # the image itself is never rounded to bfloat16
-            return torch.sigmoid(apply_in_turn(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute))
+            hidden = apply_in_turn(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute)
+            return torch.sigmoid(self.detail(hidden))
 
     def forward(self, image, noise):
         """image in [-1, 1], noise (B, LATENT_DIM) -> x in [0, 1], mu, logvar."""
@@ -524,7 +544,7 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
     with TransformerParamTanh's arguments, to compare with."""
     recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # older checkpoints do not have it
     vae = VAE(c.IMAGE_SIZE, c.CHANNELS, latent_dim=c.LATENT_DIM, width=c.WIDTH, width_max=c.WIDTH_MAX,
-              encoder_width=c.ENCODER_WIDTH, recompute=recompute)
+              encoder_width=c.ENCODER_WIDTH, final_width=c.FINAL_WIDTH, recompute=recompute)
     layer = layer_class(
         c.IMAGE_SIZE, c.CHANNELS, num_frames=c.NUM_FRAMES, patch=c.PATCH, dim=c.TRANSFORMER_DIM,
         heads=c.TRANSFORMER_HEADS, layers=c.TRANSFORMER_LAYERS, alpha_init=c.ALPHA_INIT, alpha_span=c.ALPHA_SPAN,

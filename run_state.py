@@ -24,9 +24,11 @@ from run_log import print_line
 
 FUSED_ADAM = ("cpu", "cuda")   # devices on which fused Adam takes the finite-gradient verdict as a tensor
 
+DECAY_END = 0.05               # share of the learning rates that is left at DECAY_TO_KIMG
+
 # Constants that determine the shapes of the weights: a run cannot resume with other values.
-SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "NUM_FRAMES", "PATCH",
-         "TRANSFORMER_DIM", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH", "NUM_FRAMES",
+         "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
 
 
 # ------------------------------------------------------------------------------------- state
@@ -75,10 +77,27 @@ class State:
     def set_learning_rates(self, c) -> None:
         """Sets the constants' learning rates, times lr_scale, which rollbacks reduce."""
         self.graphs.clear()                      # they hold the old rates
-        for optimizer, rates in ((self.generator_optimizer, generator_rates(c)),
-                                 (self.critic_optimizer, [c.CRITIC_LEARNING_RATE])):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group.update(lr=rate * self.counters["lr_scale"], betas=(c.BETA_1, c.BETA_2))
+        for group, rate in self.groups_and_rates(c):
+            group.update(lr=rate * self.counters["lr_scale"], betas=(c.BETA_1, c.BETA_2))
+
+    def decay_learning_rates(self, c) -> None:
+        """Sets the learning rates of the current step, if they fall with the images seen. On CUDA each is a tensor,
+        which a recorded step reads."""
+        if not c.DECAY_TO_KIMG:
+            return
+        scale = self.counters["lr_scale"] * decay(c, self.counters["images_seen"])
+        for group, rate in self.groups_and_rates(c):
+            if self.device.type != "cuda":
+                group["lr"] = rate * scale
+            elif isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * scale)
+            else:
+                group["lr"] = torch.full((), rate * scale, device=self.device)
+
+    def groups_and_rates(self, c) -> Iterator[tuple[dict, float]]:
+        """Yields each of the optimizers' groups of parameters with its constant learning rate."""
+        yield from zip(self.generator_optimizer.param_groups, generator_rates(c))
+        yield self.critic_optimizer.param_groups[0], c.CRITIC_LEARNING_RATE
 
     def checksum(self) -> int:
         """Returns the CRC-32 of all weights, which must be equal on all ranks; 0 with a single process."""
@@ -91,6 +110,17 @@ class State:
 def generator_rates(c: SimpleNamespace) -> tuple[float, float]:
     """Returns the learning rates of the VAE and of the layer."""
     return c.LEARNING_RATE, c.LEARNING_RATE * c.LAYER_RATE
+
+
+def decay(c: SimpleNamespace, images_seen: int) -> float:
+    """Returns the factor of the learning rates: 1 until DECAY_FROM_KIMG, then linear to DECAY_END at DECAY_TO_KIMG. It
+    depends on the images seen alone, so that a longer run repeats the steps of a shorter one."""
+    kimg = images_seen / 1000
+    if kimg < c.DECAY_FROM_KIMG:
+        return 1.0
+    if kimg >= c.DECAY_TO_KIMG:
+        return DECAY_END
+    return 1 - (1 - DECAY_END) * (kimg - c.DECAY_FROM_KIMG) / (c.DECAY_TO_KIMG - c.DECAY_FROM_KIMG)
 
 
 def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks = distributed.SINGLE) -> State:

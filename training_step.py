@@ -213,6 +213,7 @@ def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step. Returns this rank's scalars (tensors) to log, which the next step may overwrite. On CUDA the
     step may still be running."""
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
+    state.decay_learning_rates(c)
     state.counters["images_seen"] += c.BATCH_SIZE
     state.ema_weight.fill_(update.ema_weight(c, state.counters["images_seen"]))
     values = update.run_recorded(step_on_device, state, c, batches)

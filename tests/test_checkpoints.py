@@ -56,6 +56,13 @@ def test_a_damaged_or_foreign_file_is_named_and_the_older_one_used(tmp_path, dam
     assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "\n" not in warnings[0]
 
 
+def test_a_constant_that_an_older_file_lacks_gets_the_value_that_rebuilds_its_networks(tmp_path):
+    checkpoints.save(tmp_path, state(), 1)
+    assert checkpoints.newest(tmp_path)[1]["constants"] == {"FINAL_WIDTH": 0}
+    checkpoints.save(tmp_path, {**state(), "constants": {"FINAL_WIDTH": 12}}, 2)
+    assert checkpoints.newest(tmp_path)[1]["constants"] == {"FINAL_WIDTH": 12}
+
+
 @pytest.mark.parametrize("number", [1, checkpoints.FORMAT + 1])
 def test_a_file_of_another_format_is_refused_rather_than_skipped(tmp_path, number):
     """Training on from the older file would lose the steps of the newer one."""

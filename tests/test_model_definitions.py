@@ -49,6 +49,18 @@ def test_every_allowed_size_gives_its_shapes(size, channels, rng):
     assert x.min() >= 0 and x.max() <= 1 and made.min() >= -1 and made.max() <= 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_convolution_at_full_size_adds_to_the_pixels(channels, rng):
+    vae = build("--channels", str(channels), "--final-width", "4")[0].vae
+    z = torch.randn(2, 16, generator=rng)
+    with torch.no_grad():
+        before = vae.decode(z)
+        assert vae.decoder[-1].up.out_channels == channels + 4 and before.shape == (2, channels, 32, 32)
+        vae.detail.conv.bias.fill_(0.5)
+        after = vae.decode(z)
+    assert torch.allclose(after.logit() - before.logit(), torch.tensor(0.5), atol=1e-4)
+
+
 def test_the_reference_model_reads_48_channels_with_12_heads_and_12_layers():
     generator, _ = model_definitions.build(config)
     attentions = [layer.self_attn for layer in generator.layer.transformer.layers]

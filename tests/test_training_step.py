@@ -275,6 +275,29 @@ def test_recorded_steps_are_dropped_with_the_rates_and_the_state_that_they_hold(
         assert not state.graphs
 
 
+@pytest.mark.parametrize("images_seen, share", [(0, 1), (1000, 1), (2000, 0.525), (3000, 0.05), (9000, 0.05)])
+@pytest.mark.parametrize("lr_scale", [1, 0.5])
+def test_the_learning_rates_fall_linearly_with_the_images_seen(images_seen, share, lr_scale, start):
+    state, c, image_set = start("--decay-from-kimg", "1", "--decay-to-kimg", "3", "--critic-learning-rate", "0.002")
+    state.counters.update(images_seen=images_seen, lr_scale=lr_scale)
+    training_step.training_step(state, c, image_set)
+    rates = [group["lr"] for optimizer in (state.generator_optimizer, state.critic_optimizer)
+             for group in optimizer.param_groups]
+    assert rates == pytest.approx([lr_scale * share * rate for rate in (0.001, 0.0001, 0.002)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_reads_the_falling_learning_rates(start):
+    moved = []
+    for flags in ((), ("--decay-to-kimg", "0.001")):                    # at the end of the fall after one step
+        state, c, image_set = start("--device", "cuda", *flags)
+        for _ in range(update.RecordedStep.WARM_UP + 2):
+            before = state.critic.to_score.weight.clone()
+            training_step.training_step(state, c, image_set)
+        moved.append((state.critic.to_score.weight - before).norm().item())
+    assert moved[1] < 0.2 * moved[0]
+
+
 @pytest.mark.parametrize("flags", [(), ("--flip",)])
 def test_images_kept_on_the_device_give_the_same_batches(flags, start):
     state, c, image_set = start(*flags)
