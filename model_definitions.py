@@ -151,22 +151,45 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(x + shift, x, scale)
 
 
+class BalancedConvTranspose2d(nn.ConvTranspose2d):
+    """ConvTranspose2d, 4 x 4 at stride 2, whose weights have the same sum for each of the four output pixels of an
+    input pixel: a flat input gives a flat output. With free weights, photos got a grid of dots, also where they should
+    be smooth (compare Odena et al. 2016, "Deconvolution and Checkerboard Artifacts")."""
+
+    def forward(self, x):
+        weight = self.weight.unflatten(3, (2, 2)).unflatten(2, (2, 2))        # (C_in, C_out, 2, 2 rows, 2, 2 columns)
+        mean = weight.mean((2, 4), keepdim=True)                              # for each of the four output pixels
+        weight = (weight - mean + mean.mean((3, 5), keepdim=True)).flatten(4).flatten(2, 3)
+        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, self.output_padding)
+
+
 class DecoderBlock(nn.Module):
     """(ModulatedNorm, ReLU, ConvTranspose2d): (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W), plus
     output_padding. Every block but the last adds a residual branch (ModulatedNorm, ReLU, Conv2d; He et al. 2016), and
-    scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads the same number of inputs."""
+    scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads the same number of inputs.
 
-    def __init__(self, channels_in: int, channels_out: int, latent_dim: int, output_padding: int, last: bool):
+    balanced: BalancedConvTranspose2d. noise_side, if not 0, is 2H plus output_padding: a fixed noise map of that side
+    is added to each channel, with a learned strength, so that texture need not be made from a grid (Karras et al. 2019,
+    "A Style-Based Generator Architecture", draw noise for each image: here an image stays a function of z)."""
+
+    def __init__(self, channels_in: int, channels_out: int, latent_dim: int, output_padding: int, last: bool,
+                 balanced: bool, noise_side: int):
         super().__init__()
         self.norm = ModulatedNorm(channels_in, latent_dim)
-        self.up = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1, output_padding=output_padding)
-        self.last = last
+        up = BalancedConvTranspose2d if balanced else nn.ConvTranspose2d
+        self.up = up(channels_in, channels_out, 4, stride=2, padding=1, output_padding=output_padding)
+        self.last, self.noisy = last, noise_side > 0
+        if self.noisy:
+            self.register_buffer("noise", torch.randn(noise_side, noise_side))
+            self.noise_strength = nn.Parameter(torch.zeros(channels_out, 1, 1))
         if not last:
             self.residual_norm = ModulatedNorm(channels_out, latent_dim)
             self.residual = nn.Conv2d(channels_out, channels_out, 3, padding=1)
 
     def forward(self, x, z):
         x = self.up(F.relu(self.norm(x, z), inplace=True))
+        if self.noisy:
+            x = x + (self.noise_strength * self.noise).to(x.dtype)
         if self.last:
             return x
         return (x + self.residual(F.relu(self.residual_norm(x, z), inplace=True))) * math.sqrt(0.5)
@@ -199,7 +222,8 @@ class VAE(nn.Module):
     """
 
     def __init__(self, image_size: int, channels: int = 3, latent_dim: int = 128, width: int = 24,
-                 width_max: int = 256, encoder_width: int = 16, final_width: int = 0, recompute: bool = False):
+                 width_max: int = 256, encoder_width: int = 16, final_width: int = 12, balanced_upsampling: bool = True,
+                 noise_maps: bool = True, recompute: bool = False):
         super().__init__()
         self.latent_dim, self.recompute = latent_dim, recompute
         self.encoder, features = conv_tower(image_size, channels, encoder_width, width_max, for_critic=False)
@@ -212,7 +236,8 @@ class VAE(nn.Module):
         self.from_z = nn.Linear(latent_dim, math.prod(self.start_shape))
         channel_pairs = pairwise([*channel_list, channels + final_width])
         self.decoder = nn.ModuleList(
-            DecoderBlock(a, b, latent_dim, output_padding=next_side - 2 * side, last=next_side == image_size)
+            DecoderBlock(a, b, latent_dim, next_side - 2 * side, next_side == image_size, balanced_upsampling,
+                         noise_side=noise_maps * next_side)
             for (a, b), (side, next_side) in zip(channel_pairs, pairwise(side_list)))
         self.detail = AddDetail(channels, final_width) if final_width else nn.Identity()
 
@@ -544,7 +569,8 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
     with TransformerParamTanh's arguments, to compare with."""
     recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # older checkpoints do not have it
     vae = VAE(c.IMAGE_SIZE, c.CHANNELS, latent_dim=c.LATENT_DIM, width=c.WIDTH, width_max=c.WIDTH_MAX,
-              encoder_width=c.ENCODER_WIDTH, final_width=c.FINAL_WIDTH, recompute=recompute)
+              encoder_width=c.ENCODER_WIDTH, final_width=c.FINAL_WIDTH, balanced_upsampling=c.BALANCED_UPSAMPLING,
+              noise_maps=c.NOISE_MAPS, recompute=recompute)
     layer = layer_class(
         c.IMAGE_SIZE, c.CHANNELS, num_frames=c.NUM_FRAMES, patch=c.PATCH, dim=c.TRANSFORMER_DIM,
         heads=c.TRANSFORMER_HEADS, layers=c.TRANSFORMER_LAYERS, alpha_init=c.ALPHA_INIT, alpha_span=c.ALPHA_SPAN,

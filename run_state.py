@@ -26,9 +26,10 @@ FUSED_ADAM = ("cpu", "cuda")   # devices on which fused Adam takes the finite-gr
 
 DECAY_END = 0.05               # share of the learning rates that is left at DECAY_TO_KIMG
 
-# Constants that determine the shapes of the weights: a run cannot resume with other values.
-SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH", "NUM_FRAMES",
-         "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+# Constants that determine the weights' shapes and meaning: a run cannot resume with other values.
+SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH",
+         "BALANCED_UPSAMPLING", "NOISE_MAPS", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS",
+         "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
 
 
 # ------------------------------------------------------------------------------------- state

@@ -1,4 +1,5 @@
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,43 @@ def test_z_reaches_every_size_of_the_decoder(rng):
             torch.nn.init.normal_(norm.norm.bias, std=0.1)           # constant features have nothing to scale
         first, second = vae.decode(z)
         assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("output_padding", [0, 1])
+def test_balanced_upsampling_makes_flat_areas_from_flat_features(output_padding, rng):
+    plain, balanced = (up(5, 7, 4, stride=2, padding=1, output_padding=output_padding) for up in
+                       (torch.nn.ConvTranspose2d, model_definitions.BalancedConvTranspose2d))
+    balanced.load_state_dict(plain.state_dict())
+    flat = torch.randn(2, 5, 1, 1, generator=rng).expand(-1, -1, 8, 8)
+    of_plain, of_balanced = (up(flat)[..., 1:15, 1:15] for up in (plain, balanced))
+    assert of_plain.std((2, 3)).min() > 1e-3 and of_balanced.std((2, 3)).max() < 1e-6
+    torch.testing.assert_close(of_plain.mean((2, 3)), of_balanced.mean((2, 3)))
+    x = torch.randn(2, 5, 8, 8, generator=rng)
+    model_definitions.bilinear_init(plain.weight)                     # already balanced
+    balanced.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(plain(x), balanced(x))
+
+
+def test_noise_maps_add_the_same_noise_to_every_image_with_the_strength_of_each_channel(rng):
+    vae = build()[0].vae
+    block, z = vae.decoder[-1], torch.randn(3, 16, generator=rng)
+    with torch.no_grad():
+        before = vae.decode(z).logit()
+        block.noise_strength[1] = 0.5                                 # of the second colour
+        change = vae.decode(z).logit() - before
+    assert block.noise.shape == (32, 32) and abs(block.noise.std() - 1) < 0.1
+    torch.testing.assert_close(change[:, 1], (0.5 * block.noise).expand(3, -1, -1), atol=1e-4, rtol=1e-3)
+    assert change[:, [0, 2]].abs().max() < 1e-4
+
+
+def test_the_first_trained_model_still_makes_the_same_images():
+    generator = model_definitions.Generator.from_file(Path(config.__file__).parent / "pretrained" / "avatars64.pt")
+    with torch.no_grad():
+        image = generator(torch.linspace(-1.5, 1.5, 256).view(2, 128))
+    means, pixels = image.mean((2, 3)).flatten(), image[:, :, 20::24, 31].flatten()
+    torch.testing.assert_close(means, torch.tensor([0.9425, 0.7362, 0.4874, 0.4851, 0.1509, 0.1879]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(pixels, torch.tensor([0.8892, 0.7434, 0.4648, 0.7531, -0.4536, 0.5098, 0.9771, 0.9605,
+                                                     0.5414, 0.4959, 0.1181, 0.1000]), atol=2e-3, rtol=0)
 
 
 def test_a_transposed_convolution_starts_as_mixed_channels_and_bilinear_upsampling(rng):
