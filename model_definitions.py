@@ -197,8 +197,7 @@ class DecoderBlock(nn.Module):
 
 class AddDetail(nn.Module):
     """Adds a convolution of the remaining channels to the first ones, the pixels: (B, C + FINAL_WIDTH, H, W) ->
-    (B, C, H, W). The decoder's only layer at full size. A normalisation there would remove each image's own brightness
-    and contrast: photos got worse. Starts as 0."""
+    (B, C, H, W). No other layer connects neighbouring pixels of the image. Starts as 0."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
