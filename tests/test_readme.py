@@ -37,12 +37,13 @@ def anchors(page):
 
 @pytest.fixture(scope="module")
 def flags_of():
-    """flags_of(script) returns the flags of a script at the top level, or those that a benchmark's source names."""
+    """flags_of(script) returns the flags of a script at the top level, or those that a benchmark's source names and the
+    constants, which most benchmarks take."""
     found = {}
 
     def flags(script):
         if script not in found and "/" in script:
-            found[script] = set(FLAG.findall((ROOT / script).read_text()))
+            found[script] = set(FLAG.findall((ROOT / script).read_text())) | flags("training.py")
         elif script not in found:
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
                 importlib.import_module(script.removesuffix(".py")).main(["--help"])
