@@ -229,10 +229,10 @@ def mention_runs_on_the_same_images(c: SimpleNamespace, folder: Path) -> None:
 
 def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
     """Raises InputError if a run was made with other sizes or another folder. Prints what else has changed."""
-    for name in SIZES:
-        if saved.get(name) != getattr(c, name):
-            raise InputError(f"run {c.RUN} was made with {name} {saved.get(name)}, not {getattr(c, name)}: give "
-                             f"{command_line.as_given(name, saved.get(name))}, or --run NEWNAME for a new run")
+    if others := [name for name in SIZES if saved.get(name) != getattr(c, name)]:
+        made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
+        fitting = " ".join(command_line.as_given(name, saved.get(name)) for name in others)
+        raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
     if "RUN" not in given and before != now:
         known = data.cached_sizes(saved["DATA"], c) if saved.get("DATA") and c.DATA else None

@@ -247,6 +247,13 @@ def test_no_regular_checkpoint_is_written_after_a_skipped_update(device, run, mo
     assert saved == [(0, True), (4, True), (5, True)]
 
 
+def test_a_run_with_several_other_sizes_is_refused_with_the_flags_of_all(run, capsys):
+    assert run("--steps", "1") == 0
+    capsys.readouterr()
+    assert run("--steps", "2", "--width", "16", "--no-noise-maps") == 2
+    assert "give --width 8 --noise-maps, or" in error_line(capsys)
+
+
 @pytest.mark.parametrize("poisoned, evaluated", [(3, []), (2, [4])])
 def test_a_step_with_a_skipped_update_is_not_scored(poisoned, evaluated, run, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "must_wait", lambda state, c: state.counters["skipped_in_a_row"])
