@@ -105,6 +105,8 @@ HEALTHY = (
           "Newest steps in a row with such an update. After NAN_PATIENCE steps the run goes back to its last good "
           "checkpoint.", (0, 0)),
     Value("rollbacks", "Rollbacks", "How often the run went back to its last good checkpoint.", (0, 0)),
+    Value("learning_rate", "Learning rate", "LEARNING_RATE times lr_scale; it falls between DECAY_FROM_KIMG and "
+          "DECAY_TO_KIMG, if these are given."),
     Value("lr_scale", "Learning rate scale", "Factor on the learning rates, halved by each rollback.", (1, 1)),
 )
 
@@ -277,7 +279,8 @@ class Log:
         speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no NaN
-        self.write({**state.counters, **finite, "images_per_second": round(speed, 2),
+        rate = float(state.generator_optimizer.param_groups[0]["lr"])
+        self.write({**state.counters, **finite, "learning_rate": rate, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
         if skipped.bit_count() == 1:             # at 1, 2, 4, 8, ... in a row
             print_line(f"step {step}: an update was not applied because its gradient is not finite ({skipped} in a "

@@ -90,7 +90,8 @@ def log_step(log, step, skipped=0, **changed):
     values = {"critic_loss": -3.0, "score_gap": 3.0, "gradient_norm": 1.2, "gradient_penalty": 0.1,
               "generator_loss": 20.0, "reconstruction": 0.2, "kl": 60.0, "posterior_variance": 1.0, "alpha_mean": 2.5,
               "alpha_min": 2.0, "alpha_max": 3.0, "alpha_spread": 0.1, "picture_spread": 0.9, **changed}
-    log.step(SimpleNamespace(counters=counters), {name: torch.tensor(value) for name, value in values.items()})
+    state = SimpleNamespace(counters=counters, generator_optimizer=SimpleNamespace(param_groups=[{"lr": 1e-3}]))
+    log.step(state, {name: torch.tensor(value) for name, value in values.items()})
 
 
 def run_steps(folder, steps, **changed):
