@@ -192,6 +192,9 @@ def check(c: SimpleNamespace) -> None:
         fitting = [p for p in range(4, c.IMAGE_SIZE + 1, 4) if c.IMAGE_SIZE % p == 0]
         raise InputError(f"--patch {c.PATCH} is invalid for --image-size {c.IMAGE_SIZE}: must be one of "
                          f"{', '.join(map(str, fitting))}")
+    if (c.DECAY_FROM_KIMG or c.DECAY_TO_KIMG) and c.DECAY_TO_KIMG <= c.DECAY_FROM_KIMG:
+        raise InputError(f"--decay-to-kimg {c.DECAY_TO_KIMG:g} is invalid: must be above --decay-from-kimg "
+                         f"{c.DECAY_FROM_KIMG:g}, or both 0")
     if c.MICRO_BATCH and c.BATCH_SIZE % c.MICRO_BATCH:
         fitting = [n for n in range(1, c.BATCH_SIZE + 1) if c.BATCH_SIZE % n == 0]
         raise InputError(f"--micro-batch {c.MICRO_BATCH} is invalid for --batch-size {c.BATCH_SIZE}: must be one of "

@@ -50,7 +50,8 @@ ENCODINGS = ((640, 85), (640, 65), (512, 50), (384, 35), (256, 20))
 SHEET_BYTES = 48_000
 VIDEO_BYTES = 500_000
 
-SCORE_TITLES = {"frechet": "Frechet distance", "kid": "KID \u00d7 1000", "sliced_wasserstein": "Sliced Wasserstein"}
+SCORE_TITLES = {"frechet": "Frechet distance", "kid": "KID \u00d7 1000", "sliced_wasserstein": "Sliced Wasserstein",
+                "reconstruction_kid": "Reconstructions' KID \u00d7 1000"}
 HIGHER_IS_BETTER = ("precision", "recall", "diversity")
 
 
@@ -185,6 +186,8 @@ def score_curves(rows: list[dict]) -> list[dict]:
     for key in sorted({key for row in rows for key in row if key.startswith("evaluate_")}):
         name, error = key.removeprefix("evaluate_"), columns(rows, key + "_error")
         words = "Higher is better." if name in HIGHER_IS_BETTER else "Lower is better."
+        if name == "overfitting":
+            words = "Near 0 is good; towards 1 the critic memorises. Noise in the first thousands of steps."
         title = SCORE_TITLES.get(name, name.replace("_", " ").capitalize())
         drawn = curve(rows, key, title, f"{words} Comparable only for the same number and size of images.")
         if drawn and not key.endswith("_error"):

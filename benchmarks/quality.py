@@ -10,11 +10,13 @@ decoding. After each of the --minutes, --count generated images are scored again
 (evaluate.py), whose extractor needs weights. Nothing else should run meanwhile.
 
 A peer is a script with the flags of peers/dcgan.py: --data DIR --minutes X ... --count N --seed N --out FOLDER
---runs-dir DIR. It trains for the longest time, writes FOLDER/X.npy, uint8 (N, 3, 64, 64), at each time, and prints for
-each a line with a JSON object: minutes, steps, images_seen. The clock stops while it writes.
+--runs-dir DIR. It trains for the longest time. At each time X, in ascending order, it writes FOLDER/X.npy (5.npy,
+0.1.npy), uint8 (N, 3, 64, 64), and prints a line with a JSON object: minutes, steps, images_seen. The clock stops while
+it writes. It may keep decoded images in DIR/.cache. DCGAN is always trained too.
 
 Prints Markdown tables of the medians and ratios. OUT/results.csv holds each completed training; the same command
-continues with what is missing. OUT/SET_seed0.png shows real images and each side's at the end, not selected.
+continues with what is missing. Give another --out for another --count or other flags. OUT/SET_seed0.png shows real
+images and each side's at the end, not selected.
 """
 
 import functools

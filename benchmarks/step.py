@@ -298,10 +298,13 @@ def print_rows(settings: dict, device: torch.device, repeats: int, profile: bool
 def start(argv) -> None:
     parser = command_line.Parser("step.py", __doc__)
     parser.add_argument("--repeats", type=positive(int), default=8, metavar="N", help="timed turns [%(default)s]")
-    parser.add_argument("--rows", choices=ROWS, help="print only the table, for these settings and the other flags")
+    parser.add_argument("--rows", choices=ROWS,
+                        help="print only the table, for these settings; other flags apply to all of them")
     parser.add_argument("--profile", action="store_true", help=f"print the {MOST} most expensive purposes of a step")
     arguments = tables.parse(parser, argv)
-    rows = ROWS[arguments.rows] if arguments.rows else {" ".join(arguments.flags) or "default": ""}
+    given = " ".join(arguments.flags)
+    rows = {" ".join([name, given]).strip(): flags for name, flags in
+            (ROWS[arguments.rows] if arguments.rows else {"" if given else "default": ""}).items()}
     settings = {name: command_line.parse_constants([*flags.split(), *arguments.flags])[0]
                 for name, flags in rows.items()}
     c = next(iter(settings.values()))

@@ -105,7 +105,7 @@ def test_step_prints_a_row_per_setting(start):
     status, out, error = start("step.py", "--rows", "cpu", "--repeats", "1", *SMALL)
     assert status == 0, error
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[3:]]
-    assert [row[0] for row in rows] == list(step.ROWS["cpu"])
+    assert [row[0] for row in rows] == [f"{name} {' '.join(SMALL)}" for name in step.ROWS["cpu"]]
     for _, ms, graph, host, layer, kernels, gigabytes, floor, rate, _ in rows:
         assert graph == host == "" and layer.endswith("%") and int(kernels) > 100
         assert 0 < float(floor) < float(ms) and 0 < float(gigabytes) < 1

@@ -51,6 +51,8 @@ def test_flags_override_config_and_derived_constants_follow():
     (["--run", "\u96ea" * 70], ["--run", "200 bytes"]),           # 210 bytes
     (["--batch-size", "12", "--micro-batch", "5"], ["--micro-batch 5", "--batch-size 12", "1, 2, 3, 4, 6, 12"]),
     (["--micro-batch", "-1"], ["--micro-batch -1", "0 or more"]),
+    (["--decay-from-kimg", "80"], ["--decay-to-kimg 0", "above --decay-from-kimg 80"]),
+    (["--decay-from-kimg", "80", "--decay-to-kimg", "40"], ["--decay-to-kimg 40", "above --decay-from-kimg 80"]),
     (["--device", "tpu"], ["--device tpu", "auto, cuda, mps or cpu"]),
     (["--transformer-in-channels", "48"], ["--transformer-in-channels"]),
     (["--seed", "-1"], ["--seed -1"]),
