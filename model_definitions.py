@@ -156,10 +156,17 @@ class BalancedConvTranspose2d(nn.ConvTranspose2d):
     input pixel: a flat input gives a flat output. With free weights, photos got a grid of dots, also where they should
     be smooth (compare Odena et al. 2016, "Deconvolution and Checkerboard Artifacts")."""
 
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        parity = torch.arange(4) % 2
+        same = parity[:, None] == parity                                      # of the taps along one axis
+        same = (same[:, None, :, None] & same[:, None, :]).view(16, 16)       # of taps that reach the same output pixel
+        self.register_buffer("balance", torch.eye(16) - same / 4 + 1 / 16, persistent=False)
+
     def forward(self, x):
-        weight = self.weight.unflatten(3, (2, 2)).unflatten(2, (2, 2))        # (C_in, C_out, 2, 2 rows, 2, 2 columns)
-        mean = weight.mean((2, 4), keepdim=True)                              # for each of the four output pixels
-        weight = (weight - mean + mean.mean((3, 5), keepdim=True)).flatten(4).flatten(2, 3)
+        with full_precision(x):
+            taps = self.weight.permute(0, 2, 3, 1).flatten(1, 2)              # (C_in, 16, C_out)
+            weight = (self.balance @ taps).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, self.output_padding)
 
 
