@@ -25,7 +25,8 @@ KEEP = 2         # good step files that are kept; best.pt and a user's own files
 UNSOUND = "_unsound"
 STEP_FILE = re.compile(rf"step_\d{{8,}}({UNSOUND})?\.pt")
 REQUIRED = {"format", "constants", "counters", "ema"}        # also in a file of weights for sharing
-OLDER = {"FINAL_WIDTH": 0, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False}      # of files that lack these constants
+# Constants that older files lack, with the values that rebuild their networks.
+OLDER = {"RECOMPUTE_ACTIVATIONS": False, "FINAL_WIDTH": 0, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False}
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)       # what a file system without locks answers
 
 

@@ -573,15 +573,14 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
           ) -> tuple[Generator, Discriminator]:
     """Returns the networks of a run from its constants: config.py's, or a checkpoint's. layer_class: another class
     with TransformerParamTanh's arguments, to compare with."""
-    recompute = getattr(c, "RECOMPUTE_ACTIVATIONS", False)       # older checkpoints do not have it
     vae = VAE(c.IMAGE_SIZE, c.CHANNELS, latent_dim=c.LATENT_DIM, width=c.WIDTH, width_max=c.WIDTH_MAX,
               encoder_width=c.ENCODER_WIDTH, final_width=c.FINAL_WIDTH, balanced_upsampling=c.BALANCED_UPSAMPLING,
-              noise_maps=c.NOISE_MAPS, recompute=recompute)
+              noise_maps=c.NOISE_MAPS, recompute=c.RECOMPUTE_ACTIVATIONS)
     layer = layer_class(
         c.IMAGE_SIZE, c.CHANNELS, num_frames=c.NUM_FRAMES, patch=c.PATCH, dim=c.TRANSFORMER_DIM,
         heads=c.TRANSFORMER_HEADS, layers=c.TRANSFORMER_LAYERS, alpha_init=c.ALPHA_INIT, alpha_span=c.ALPHA_SPAN,
         alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
-        recompute=recompute)
+        recompute=c.RECOMPUTE_ACTIVATIONS)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 

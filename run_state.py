@@ -227,11 +227,17 @@ def mention_runs_on_the_same_images(c: SimpleNamespace, folder: Path) -> None:
         print(f"{run} was trained on the same images: --run {run.name} continues it")
 
 
+def other_sizes(c: SimpleNamespace, saved: dict) -> tuple[list[str], str]:
+    """Returns the names of SIZES that a checkpoint's constants `saved` have with other values, and these as flags."""
+    others = [name for name in SIZES if saved.get(name) != getattr(c, name)]
+    return others, " ".join(command_line.as_given(name, saved.get(name)) for name in others)
+
+
 def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
     """Raises InputError if a run was made with other sizes or another folder. Prints what else has changed."""
-    if others := [name for name in SIZES if saved.get(name) != getattr(c, name)]:
+    others, fitting = other_sizes(c, saved)
+    if others:
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
-        fitting = " ".join(command_line.as_given(name, saved.get(name)) for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
     if "RUN" not in given and before != now:
@@ -254,9 +260,8 @@ def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
     """Returns the file of INIT_FROM and {part of the state: weights}: the averaged generator, and the critic if the
     file has one. Raises InputError."""
     file, saved = checkpoints.find(c.INIT_FROM)
-    others = [name for name in SIZES if saved["constants"].get(name) != getattr(c, name)]
+    others, fitting = other_sizes(c, saved["constants"])
     if others:
-        fitting = " ".join(command_line.as_given(name, saved["constants"].get(name)) for name in others)
         raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
     return file, {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))
                   if source in saved}

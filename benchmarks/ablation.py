@@ -157,7 +157,6 @@ def measure(arguments, seed: int, folder: str, name: str, further: int) -> None:
     for steps in sorted({arguments.steps, further}):
         while state.counters["step"] < steps:
             training_step.training_step(state, c, image_set)
-            state.count_skipped()                                    # waits, so that steps do not queue up on a GPU
         tables.append(arguments.csv, COLUMNS, {
             "set": set_name, "layer": name, "seed": seed, "steps": steps, "images": state.counters["images_seen"],
             **score(state.ema, image_set, arguments.count, seed), "decoder_width": c.WIDTH,
