@@ -31,6 +31,7 @@ RUN_BYTES = 200                  # file systems allow 255 for a name
 LIMITS = {
     "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, f"one of {', '.join(map(str, IMAGE_SIZES))}"),
     "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
+    "FOLDERS": (lambda v: v in ("ignore", "clips"), "ignore or clips"),
     "DEVICE": (lambda v: v in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
     "BACKGROUND": (lambda v: 0 <= v <= 255, "0 to 255"),
     "NUM_WORKERS": (lambda v: v >= -1, "-1 (one per core), 0 or more"),
@@ -41,6 +42,7 @@ LIMITS = {
     "BETA_1": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "BETA_2": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
+    "COLD_SHARE": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "FEEDBACK_PROB": (lambda v: 0 <= v <= 1, "0 to 1"),
     "EVALUATE_COUNT": (lambda v: v >= 4, "4 or more"),
     "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]*", v) is not None and len(os.fsencode(v)) <= RUN_BYTES,
@@ -195,6 +197,10 @@ def check(c: SimpleNamespace) -> None:
     if (c.DECAY_FROM_KIMG or c.DECAY_TO_KIMG) and c.DECAY_TO_KIMG <= c.DECAY_FROM_KIMG:
         raise InputError(f"--decay-to-kimg {c.DECAY_TO_KIMG:g} is invalid: must be above --decay-from-kimg "
                          f"{c.DECAY_FROM_KIMG:g}, or both 0")
+    if c.FOLDERS == "clips" and c.NUM_FRAMES < 3:
+        raise InputError(f"--num-frames {c.NUM_FRAMES} is invalid with --folders clips: must be 3 or more")
+    if c.FOLDERS == "clips" and c.DYNAMICS_KIMG <= c.VAE_KIMG:
+        raise InputError(f"--dynamics-kimg {c.DYNAMICS_KIMG:g} is invalid: must be above --vae-kimg {c.VAE_KIMG:g}")
     if c.MICRO_BATCH and c.BATCH_SIZE % c.MICRO_BATCH:
         fitting = [n for n in range(1, c.BATCH_SIZE + 1) if c.BATCH_SIZE % n == 0]
         raise InputError(f"--micro-batch {c.MICRO_BATCH} is invalid for --batch-size {c.BATCH_SIZE}: must be one of "

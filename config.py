@@ -14,6 +14,8 @@ SEED = 0                    # determines every random draw of the run
 INIT_FROM = ""              # run, checkpoint or weights file that a new run takes its initial weights from; empty: random
 
 # ------------------------------------------------------------------------------------- images
+FOLDERS = "ignore"          # what folders below DATA are. ignore: all images are one set; clips: each folder, .gif, .webp and video file is a clip
+CLIP_STRIDE = 1             # every how many frames of a clip one is taken
 IMAGE_SIZE = 128            # side in pixels, a multiple of 16 from 32 to 256; 64 takes a third of the time of 128
 CHANNELS = 3                # 3 colour, 1 grey
 FLIP = False                # mirrors each training image with probability 1/2; on for photos, off where left and right differ
@@ -48,6 +50,17 @@ GP_EVERY = 4                # the penalty uses every 4th image of a critic updat
 LAMBDA_DRIFT = 1e-3         # weight of the squared scores, which keeps them centred
 LAMBDA_REC = 100.0          # weight of the reconstruction error at 3 x 64 x 64, scaled for other sizes
 LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / LAMBDA_REC is the Laplace scale b
+
+# ------------------------------------------------------------------------------------- video, with FOLDERS = "clips"
+VAE_KIMG = 40.0             # stage 1, images as with still images, ends after so many thousand images; then the VAE is frozen ...
+DYNAMICS_KIMG = 140.0       # ... and the Transformer learns motion, until images and windows are so many thousand: the run ends
+MOTION_DIM = 6              # length of the motion code v: what a still start does not show, such as direction and speed
+MOTION_BATCH = 32           # windows of NUM_FRAMES - 1 frames per update of stage 2, over all processes
+MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on
+COLD_SHARE = 0.4            # share of the windows that start still, as generated videos do: copies of one frame
+LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted codes
+LAMBDA_FRAME = 30.0         # weight of the mean absolute error of a rendered frame, larger where it moves
+LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts
 
 # ------------------------------------------------------------------------------------- optimisation
 BATCH_SIZE = 8              # images per update, over all processes; on two cores 8 is better in equal time than 16, a GPU needs 32 or more

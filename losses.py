@@ -76,3 +76,15 @@ def generator_loss(fake_score: Tensor, reconstruction: Tensor, kl: Tensor, eleme
     """
     factor = size_factor(elements)
     return -fake_score.mean() + lambda_rec * factor * reconstruction + lambda_kl * factor * kl / elements
+
+
+# ------------------------------------------------------------------------------------- video
+
+def motion_weighted_error(image: Tensor, target: Tensor, others: Tensor) -> Tensor:
+    """Mean absolute error of frames (B, C, H, W), both in [-1, 1], each pixel weighted by 1 + 8 |target - mean|, which
+    is large where something moves: the plain error loses small objects. The mean is that of the clip's frames, target
+    and others (B, P*C, H, W) in [-1, 1]."""
+    channels = target.shape[1]
+    mean = torch.cat([target, others], dim=1).unflatten(1, (-1, channels)).mean(1)
+    weight = 1 + 8 * (target - mean).abs().mean(1, keepdim=True)
+    return (weight * (image - target).abs()).mean()

@@ -393,17 +393,75 @@ class SyntheticVideo(nn.Module):
 
 # ------------------------------------------------------------------------------------- TransformerParamTanh
 
-def encoder_layer(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
-    """Returns layer(x) for norm_first, ReLU and no dropout, (B, N, D) -> (B, N, D).
+def encoder_layer(layer: nn.TransformerEncoderLayer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Returns layer(x) for norm_first, ReLU and no dropout, (B, N, D) -> (B, N, D). mask (N, N): token i attends to
+    token j where mask[i, j] is true; None: to all.
 
     Written out because nn.MultiheadAttention reorders and copies its tensors: this takes three quarters of the time.
     """
     attention = layer.self_attn
     queries, keys, values = F.linear(layer.norm1(x), attention.in_proj_weight, attention.in_proj_bias).unflatten(
         2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)                         # each (B, heads, N, D / heads)
-    heads = F.scaled_dot_product_attention(queries, keys, values)
+    heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     x = x + attention.out_proj(heads.transpose(1, 2).flatten(2))
     return x + layer.linear2(F.relu(layer.linear1(layer.norm2(x)), inplace=True))
+
+
+class Window(NamedTuple):
+    """What the Transformer reads of a clip, beside its images: P = NUM_FRAMES - 1 earlier frames, v, and the anchor."""
+    codes: Tensor      # (B, P, LATENT_DIM), newest first; a short past repeats its oldest code
+    v: Tensor          # (B, MOTION_DIM): what a still start does not show, N(0, I); constant along a video
+    anchor: Tensor     # (B, LATENT_DIM): a code of the same clip, in a video the first one: keeps colours
+
+    @classmethod
+    def still(cls, z: Tensor, v: Tensor, frames: int) -> "Window":
+        """Returns the window of a video that starts at z (B, LATENT_DIM): `frames` copies of it."""
+        return cls(z[:, None].expand(-1, frames, -1), v, z)
+
+    def followed_by(self, z: Tensor) -> "Window":
+        """Returns the window one frame later, z (B, LATENT_DIM) being the newest code."""
+        return self._replace(codes=torch.cat([z[:, None], self.codes[:, :-1]], dim=1))
+
+
+class Dynamics(nn.Module):
+    """The parts of TransformerParamTanh that learn motion: tokens of the codes and of v, the Delta head, and the motion
+    posterior, which only training uses. frames: P; dim: of a token."""
+
+    HIDDEN = 256
+    CHANGE_SCALE = 4                # codes of neighbouring frames differ by a fraction of their size
+    LOGVAR = (-8.0, 4.0)            # range of v's log variance
+
+    def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
+        super().__init__()
+        self.of_code, self.of_change = nn.Linear(latent_dim, dim), nn.Linear(latent_dim, dim)
+        self.of_v = nn.Linear(motion_dim, dim)
+        self.positions = nn.Parameter(0.3 * torch.randn(1, frames, dim))
+        self.to_hidden = nn.Linear(frames * dim + 3 * latent_dim + motion_dim, self.HIDDEN)
+        self.to_delta = nn.Linear(self.HIDDEN, latent_dim)
+        nn.init.zeros_(self.to_delta.weight)
+        nn.init.zeros_(self.to_delta.bias)
+        self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
+
+    def tokens(self, window: Window) -> Tensor:
+        """Returns one token per earlier frame, and that of v: (B, P + 1, D)."""
+        codes = window.codes
+        changes = self.CHANGE_SCALE * F.pad(codes[:, :-1] - codes[:, 1:], (0, 0, 0, 1))       # the oldest has none
+        return torch.cat([self.of_code(codes) + self.of_change(changes) + self.positions,
+                          self.of_v(window.v)[:, None]], dim=1)
+
+    def delta(self, outputs: Tensor, window: Window) -> Tensor:
+        """Transformer's outputs of the code tokens (B, P, D) -> Delta = z_t - z_{t-1}, (B, LATENT_DIM)."""
+        newest, anchor = window.codes[:, 0], window.anchor
+        with full_precision(newest):
+            known = torch.cat([outputs.flatten(1).to(newest.dtype), newest, window.v, anchor, anchor - newest], dim=1)
+            return self.to_delta(F.relu(self.to_hidden(known)))
+
+    def posterior(self, before: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """q(v | mu_{t-1}, mu_t, mu_{t+1}), each (B, LATENT_DIM) -> mean and logvar of v, (B, MOTION_DIM)."""
+        with full_precision(now):
+            mean, logvar = self.to_posterior(torch.cat([before, self.CHANGE_SCALE * (now - before),
+                                                        self.CHANGE_SCALE * (after - now)], dim=1)).chunk(2, dim=1)
+        return mean, logvar.clamp(*self.LOGVAR)
 
 
 class TransformerParamTanh(nn.Module):
@@ -421,14 +479,19 @@ class TransformerParamTanh(nn.Module):
     learned scalar per layer.
 
     image_size and patch in pixels; shift as a share of image_size; brightness and noise in the range of x.
+
+    With motion_dim, for models of clips, the same Transformer also reads a Window, and `next_code` predicts the code of
+    the next frame: z_t = z_{t-1} + Delta. Code tokens attend only to each other, so that the codes of a video need no
+    rendering; the patch tokens of a rendered frame attend to everything.
     """
 
+    RADIUS = 1.4  # largest length of a predicted code, in lengths of a z from N(0, I)
     CELL = 4      # one s per CELL x CELL pixels; bilinear interpolation leaves no seams between patches
 
     def __init__(self, image_size: int, channels: int = 3, num_frames: int = 16, patch: int = 16, dim: int = 48,
                  heads: int = 12, layers: int = 12, alpha_init: float = 3.0, alpha_span: float = 3.0,
                  alpha_per_channel: bool = False, shift: float = 0.06, brightness: float = 0.1, noise: float = 0.05,
-                 recompute: bool = False):
+                 recompute: bool = False, latent_dim: int = 128, motion_dim: int = 0):
         super().__init__()
         if image_size % patch or patch % self.CELL or dim % heads:
             raise ValueError(f"image_size {image_size}, patch {patch}, dim {dim} are invalid: patch must divide "
@@ -453,6 +516,7 @@ class TransformerParamTanh(nn.Module):
         self.to_s = nn.Linear(dim, self.alpha_channels * self.cells ** 2)
         nn.init.zeros_(self.to_s.weight)
         nn.init.zeros_(self.to_s.bias)
+        self.dynamics = Dynamics(latent_dim, motion_dim, num_frames - 1, dim) if motion_dim else None
 
     def displayed(self, x: Tensor) -> Tensor:
         """x in [0, 1] -> the image as the layer would show it at the start, in [0, 1]."""
@@ -477,17 +541,33 @@ class TransformerParamTanh(nn.Module):
             patches = self.to_tokens(self.frames(x, earlier) - 0.5)               # (B, D, H/PATCH, W/PATCH)
         return self.token_norm(patches.flatten(2).transpose(1, 2)) + self.positions
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Returns self.transformer(tokens), (B, N, D) -> (B, N, D)."""
+    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns self.transformer(tokens), (B, N, D) -> (B, N, D). mask as in encoder_layer."""
         layers = [functools.partial(encoder_layer, layer) for layer in self.transformer.layers]
-        return self.transformer.norm(apply_in_turn(layers, tokens, recompute=self.recompute))
+        return self.transformer.norm(apply_in_turn(layers, tokens, mask, recompute=self.recompute))
 
-    def alpha(self, x: Tensor, earlier: Tensor | None = None, changes: Changes | None = None) -> Tensor:
+    def next_code(self, window: Window) -> Tensor:
+        """Returns the code of the frame after the window, (B, LATENT_DIM), at most RADIUS * sqrt(LATENT_DIM) long."""
+        outputs = self.encode(self.dynamics.tokens(window))[:, :-1]
+        code = window.codes[:, 0] + self.dynamics.delta(outputs, window)
+        longest = self.RADIUS * math.sqrt(code.shape[1])
+        return code * (longest / code.norm(dim=1, keepdim=True).clamp_min(longest))
+
+    def encode_patches(self, patches: Tensor, window: Window) -> Tensor:
+        """Returns the Transformer's outputs of the patch tokens (B, N, D) of a frame that follows the window."""
+        known, count = self.dynamics.tokens(window), patches.shape[1]
+        is_patch = torch.arange(count + known.shape[1], device=patches.device) < count
+        return self.encode(torch.cat([patches, known], dim=1), is_patch[:, None] | ~is_patch)[:, :count]
+
+    def alpha(self, x: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
+              window: Window | None = None) -> Tensor:
         """Returns alpha for x (B, C, H, W) in [0, 1]: (B, 1, H, W), or (B, C, H, W) per channel. Arguments as in
         forward."""
         if self.alpha_span == 1:                                                  # alpha is constant
             return torch.full_like(x[:, :self.alpha_channels], self.alpha_init)
-        s = self.to_s(self.encode(self.tokens(x, earlier, changes))).to(x.dtype)  # (B, N, alpha_channels * cells**2)
+        patches = self.tokens(x, earlier, changes)
+        outputs = self.encode(patches) if window is None else self.encode_patches(patches, window)
+        s = self.to_s(outputs).to(x.dtype)                                        # (B, N, alpha_channels * cells**2)
         s = s.transpose(1, 2).unflatten(2, (self.side, self.side))
         s = F.pixel_shuffle(s, self.cells)                                        # (B, alpha_channels, H/4, W/4)
         s = F.interpolate(s, size=x.shape[2:], mode="bilinear", align_corners=False)
@@ -497,17 +577,17 @@ class TransformerParamTanh(nn.Module):
         """Returns tanh(alpha * (2x - 1)): x in [0, 1] -> image in [-1, 1]."""
         return torch.tanh(alpha * (2 * x - 1))
 
-    def forward(self, x, earlier=None, changes=None):
+    def forward(self, x, earlier=None, changes=None, window=None):
         """x (B, C, H, W) in [0, 1] -> image (B, C, H, W) in [-1, 1].
 
         earlier: the T-1 earlier images, newest first, (B, (T-1)*C, H, W) in [0, 1], in place of modified copies.
         changes: of the modified copies, from video.draw(rng); None: the fixed schedule, so that the result depends on
-        x alone. Raises ValueError for x of another size.
+        x alone. window: of a frame of a video, the Window before it. Raises ValueError for x of another size.
         """
         expected = (self.channels, self.image_size, self.image_size)
         if x.shape[1:] != expected:
             raise ValueError(f"x {tuple(x.shape)} is invalid: must be (B, {', '.join(map(str, expected))})")
-        return self.apply_alpha(x, self.alpha(x, earlier, changes))
+        return self.apply_alpha(x, self.alpha(x, earlier, changes, window))
 
     def extra_repr(self):
         low, high = self.alpha_init / self.alpha_span, self.alpha_init * self.alpha_span
@@ -532,17 +612,17 @@ class Generator(nn.Module):
         """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
         return load_generator(path, device)[0]
 
-    def image_and_alpha(self, z: Tensor, earlier: Tensor | None = None,
-                        changes: Changes | None = None) -> tuple[Tensor, Tensor]:
+    def image_and_alpha(self, z: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
+                        window: Window | None = None) -> tuple[Tensor, Tensor]:
         """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1] and its alpha, (B, 1, H, W), or (B, C, H, W) per channel.
-        earlier and changes as in TransformerParamTanh."""
+        earlier, changes and window as in TransformerParamTanh."""
         x = self.vae.decode(z)
-        alpha = self.layer.alpha(x, earlier, changes)
+        alpha = self.layer.alpha(x, earlier, changes, window)
         return self.layer.apply_alpha(x, alpha), alpha
 
-    def forward(self, z, earlier=None, changes=None):
+    def forward(self, z, earlier=None, changes=None, window=None):
         """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
-        return self.image_and_alpha(z, earlier, changes)[0]
+        return self.image_and_alpha(z, earlier, changes, window)[0]
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """image in [-1, 1] -> its reconstruction from mu, in [-1, 1]."""
@@ -569,6 +649,18 @@ class Generator(nn.Module):
             yield image, alpha
 
 
+    def roll(self, window: Window, earlier: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
+        The Transformer predicts each code from the codes before, and reads the images that were made before, at the
+        start `earlier`, as in TransformerParamTanh: the feedback loop, closed in time."""
+        while True:
+            z = self.layer.next_code(window)
+            image, _ = self.image_and_alpha(z, earlier, window=window)
+            window = window.followed_by(z)
+            earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
+            yield image, z
+
+
 def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = TransformerParamTanh
           ) -> tuple[Generator, Discriminator]:
     """Returns the networks of a run from its constants: config.py's, or a checkpoint's. layer_class: another class
@@ -580,7 +672,8 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
         c.IMAGE_SIZE, c.CHANNELS, num_frames=c.NUM_FRAMES, patch=c.PATCH, dim=c.TRANSFORMER_DIM,
         heads=c.TRANSFORMER_HEADS, layers=c.TRANSFORMER_LAYERS, alpha_init=c.ALPHA_INIT, alpha_span=c.ALPHA_SPAN,
         alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
-        recompute=c.RECOMPUTE_ACTIVATIONS)
+        recompute=c.RECOMPUTE_ACTIVATIONS, latent_dim=c.LATENT_DIM,
+        motion_dim=c.MOTION_DIM if c.FOLDERS == "clips" else 0)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 

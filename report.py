@@ -44,7 +44,7 @@ RECENT = 5                  # logged lines whose median is the newest value
 SKIPPED_SHOWN = 50          # names of skipped files on the page
 
 BANDS = {"alpha_mean": ("alpha_min", "alpha_max")}                     # around a curve, instead of curves of their own
-KINDS = ("generated", "alpha", "real", "reconstructed")                # of sample sheets
+KINDS = ("generated", "alpha", "real", "reconstructed", "motion")                # of sample sheets
 # Longest side in pixels and WebP quality. The first that fits SHEET_BYTES is used: 121 sheets in base64 are 8 MB.
 ENCODINGS = ((640, 85), (640, 65), (512, 50), (384, 35), (256, 20))
 SHEET_BYTES = 48_000
@@ -183,7 +183,8 @@ def value_curves(run: SimpleNamespace, step: int) -> list[dict]:
 def score_curves(rows: list[dict]) -> list[dict]:
     """Returns a curve for each evaluate_ value in the log; a standard error is added to the newest value instead."""
     found = []
-    for key in sorted({key for row in rows for key in row if key.startswith("evaluate_")}):
+    known = {value.key for value in HEALTHY}
+    for key in sorted({key for row in rows for key in row if key.startswith("evaluate_")} - known):
         name, error = key.removeprefix("evaluate_"), columns(rows, key + "_error")
         words = "Higher is better." if name in HIGHER_IS_BETTER else "Lower is better."
         if name == "overfitting":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoints
 import data
+import dynamics
 import pictures
 import random_keys
 
@@ -97,8 +98,26 @@ HEALTHY = (
           "images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
           advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
                  "--learning-rate, a new run with another --seed, or look at the images in DATA"),
+    Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion."),
+    Value("code_error", "Error of codes", "Clips, stage 2: mean absolute difference between the predicted codes of the "
+          "unrolled frames and mu of the real ones.", trend="falling", bar="code"),
+    Value("frame_error", "Error of frames", "Clips, stage 2: mean absolute difference between a rendered frame and the "
+          "real one, weighted by motion.", trend="falling", bar="frame"),
+    Value("motion_kl", "KL of v", "Clips, stage 2: what the motion code v says about a still start, in nats. At 0 "
+          "videos cannot choose a direction: lower LAMBDA_MOTION.", (0.5, 20), bar="v"),
+    Value("evaluate_r1", "Error 1 frame ahead", "Clips, stage 2: error of predicted frames of held-out clips, divided "
+          "by that of a copy of the last known frame. 1 is as bad as copying.", (0.1, 0.75)),
+    Value("evaluate_r4", "Error 4 frames ahead", "The same, 4 frames ahead.", (0.1, 0.8)),
+    Value("evaluate_r8", "Error 8 frames ahead", "The same, 8 frames ahead. The lowest makes best.pt.", (0.1, 0.9)),
+    Value("evaluate_r1_frozen", "Error 1 frame ahead, frozen", "The same from windows that hold copies of their last "
+          "frame: it stays near 1 if the prediction comes from motion.", (0.8, 1.4)),
+    Value("evaluate_r4_frozen", "Error 4 frames ahead, frozen", "The same, 4 frames ahead.", (0.7, 1.4)),
+    Value("evaluate_r8_frozen", "Error 8 frames ahead, frozen", "The same, 8 frames ahead.", (0.6, 1.4)),
+    Value("evaluate_z_growth", "Growth of codes", "Length of the codes after 64 predicted frames, divided by that at "
+          "their start. Far below 1 videos fade, far above 1 they turn into noise.", (0.7, 1.3)),
     Value("images_per_second", "Images per second",
-          "Training speed since the line before, samples and checkpoints included.", trend="level"),
+          "Training speed since the line before, samples and checkpoints included. Clips, stage 2: windows.",
+          trend="level"),
     Value("skipped_updates", "Skipped updates",
           "Updates that were not applied because a gradient was not finite. A few are harmless.", (0, 0)),
     Value("skipped_in_a_row", "Skipped in a row",
@@ -206,7 +225,8 @@ def is_sample_step(step: int, every: int) -> bool:
 
 @torch.no_grad()
 def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
-    """Writes sheets made from fixed noise and fixed images: real, generated, reconstructed, alpha, synthetic video.
+    """Writes sheets made from fixed noise and fixed images: real, generated, reconstructed, alpha, synthetic video, and
+    in stage 2 of a run on clips motion.
 
     Raises OSError, for example on a full disk.
     """
@@ -229,6 +249,9 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
         ("real", data.to_image(real)), ("generated", image), ("reconstructed", reconstructed))}
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
     name = f"step_{state.counters['step']:08d}"
+    if state.codes is not None:                  # stage 2 of a run on clips
+        rows = dynamics.strips(state.ema, c, image_set, state.codes)
+        sheets["motion"] = pictures.grid([image for row in rows for image in data.to_arrays(row)], columns=len(rows[0]))
     for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
@@ -275,12 +298,17 @@ class Log:
         if step % c.LOG_EVERY and not skipped:
             return
         values = dict(zip(values, torch.stack(list(values.values())).tolist()))         # waits for the device once
-        values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
-        speed = c.BATCH_SIZE * (step - self.last_step) / max(now - self.last_time, 1e-9)
+        in_stage_2 = "motion_loss" in values
+        if not in_stage_2:
+            values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
+        stage = {"stage": 1 + in_stage_2} if c.FOLDERS == "clips" else {}
+        images = c.MOTION_BATCH if in_stage_2 else c.BATCH_SIZE
+        speed = images * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no NaN
-        rate = float(state.generator_optimizer.param_groups[0]["lr"])
-        self.write({**state.counters, **finite, "learning_rate": rate, "images_per_second": round(speed, 2),
+        optimizer = state.motion_optimizer if in_stage_2 else state.generator_optimizer
+        rate = float(optimizer.param_groups[0]["lr"])
+        self.write({**state.counters, **stage, **finite, "learning_rate": rate, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
         if skipped.bit_count() == 1:             # at 1, 2, 4, 8, ... in a row
             print_line(f"step {step}: an update was not applied because its gradient is not finite ({skipped} in a "
@@ -319,8 +347,9 @@ class Log:
         if self.c.MINUTES:
             left = min(left, max(0, 60 * self.c.MINUTES - (now - self.started)))
         text = f"{duration(left)} left {speed:.1f} img/s " + " ".join(
-            f"{value.bar} {values[value.key]:.3g}" for value in HEALTHY if value.bar)
-        text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
+            f"{value.bar} {values[value.key]:.3g}" for value in HEALTHY if value.bar and value.key in values)
+        if "alpha_min" in values:
+            text += f" ({values['alpha_min']:.2g}-{values['alpha_max']:.2g})"
         self.bar.set_description_str(text, refresh=False)
         last = step + self.c.LOG_EVERY > self.c.STEPS
         if self.bar.disable and (now - self.last_progress > PLAIN_LINE_SECONDS or last):

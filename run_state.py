@@ -29,7 +29,7 @@ DECAY_END = 0.05               # share of the learning rates that is left at DEC
 # Constants that determine the weights' shapes and meaning: a run cannot resume with other values.
 SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH",
          "BALANCED_UPSAMPLING", "NOISE_MAPS", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS",
-         "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL")
+         "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL", "FOLDERS", "MOTION_DIM")
 
 
 # ------------------------------------------------------------------------------------- state
@@ -46,6 +46,8 @@ class State:
     ranks: distributed.Ranks
     skipped: torch.Tensor                       # (2,) int64: updates not applied; newest steps in a row with one
     ema_weight: torch.Tensor                    # of the current step (update.ema_weight)
+    motion_optimizer: torch.optim.Optimizer | None = None     # of TransformerParamTanh, in stage 2 of a run on clips
+    codes: tuple[torch.Tensor, torch.Tensor] | None = None    # mu and logvar of all frames there (dynamics.begin)
     graphs: dict = field(default_factory=dict)  # recorded CUDA graphs (update.run_recorded)
     step_end: torch.cuda.Event | None = None    # of the newest step (update.wait_for_the_step_before)
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
@@ -53,16 +55,26 @@ class State:
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
 
+    @property
+    def motion(self) -> model_definitions.TransformerParamTanh:
+        """The network that motion_optimizer updates."""
+        return self.generator.layer
+
+    def parts(self) -> list[str]:
+        """Returns the names of the networks and optimizers in a checkpoint."""
+        return [*self.PARTS, *(["motion_optimizer"] if self.motion_optimizer else [])]
+
     def state_dict(self) -> dict:
-        return {**{name: getattr(self, name).state_dict() for name in self.PARTS}, "counters": dict(self.counters)}
+        return {**{name: getattr(self, name).state_dict() for name in self.parts()}, "counters": dict(self.counters)}
 
     def load_state_dict(self, saved: dict) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(saved[name])
-        for optimizer in (self.generator_optimizer, self.critic_optimizer):  # the file may come from another device
-            for group in optimizer.param_groups:
-                group.update(fused=optimizer.defaults["fused"], capturable=optimizer.defaults["capturable"])
+        for name in self.parts():
+            part = getattr(self, name)
+            part.load_state_dict(saved[name])
+            for group in part.param_groups if name.endswith("optimizer") else ():   # the file may be another device's
+                group.update(fused=part.defaults["fused"], capturable=part.defaults["capturable"])
         self.graphs.clear()                      # they hold the addresses of Adam's old averages
+        self.codes = None
         self.counters.update(saved["counters"])
         self.skipped.copy_(torch.tensor([self.counters["skipped_updates"], self.counters["skipped_in_a_row"]]))
 
@@ -82,18 +94,21 @@ class State:
             group.update(lr=rate * self.counters["lr_scale"], betas=(c.BETA_1, c.BETA_2))
 
     def decay_learning_rates(self, c) -> None:
-        """Sets the learning rates of the current step, if they fall with the images seen. On CUDA each is a tensor,
-        which a recorded step reads."""
+        """Sets the learning rates of the current step, if they fall with the images seen."""
         if not c.DECAY_TO_KIMG:
             return
         scale = self.counters["lr_scale"] * decay(c, self.counters["images_seen"])
         for group, rate in self.groups_and_rates(c):
-            if self.device.type != "cuda":
-                group["lr"] = rate * scale
-            elif isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate * scale)
-            else:
-                group["lr"] = torch.full((), rate * scale, device=self.device)
+            self.set_rate(group, rate * scale)
+
+    def set_rate(self, group: dict, rate: float) -> None:
+        """Sets a learning rate that changes from step to step: on CUDA a tensor, which a recorded step reads."""
+        if self.device.type != "cuda":
+            group["lr"] = rate
+        elif isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.full((), rate, device=self.device)
 
     def groups_and_rates(self, c) -> Iterator[tuple[dict, float]]:
         """Yields each of the optimizers' groups of parameters with its constant learning rate."""
@@ -133,15 +148,17 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
     generator.layer.to_tokens.to(memory_format=torch.contiguous_format)    # rearranged in each step, twice as fast
     ema = copy.deepcopy(generator).requires_grad_(False)
 
-    def adam(models, rates):                 # fused: twice as fast as the default, on the CPU too
+    def adam(models, rates, beta_1=c.BETA_1):                 # fused: twice as fast as the default, on the CPU too
         groups = [{"params": model.parameters(), "lr": rate} for model, rate in zip(models, rates)]
-        return torch.optim.Adam(groups, betas=(c.BETA_1, c.BETA_2), fused=device.type in FUSED_ADAM,
+        return torch.optim.Adam(groups, betas=(beta_1, c.BETA_2), fused=device.type in FUSED_ADAM,
                                 capturable=device.type == "cuda")
 
     return State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
                  adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
                  skipped=torch.zeros(2, dtype=torch.int64, device=device),
-                 ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"))
+                 ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"),
+                 motion_optimizer=generator.layer.dynamics and adam([generator.layer], [c.MOTION_LEARNING_RATE],
+                                                                    beta_1=0.9))    # no second network to overshoot
 
 
 # ------------------------------------------------------------------------------------- the run's folder

@@ -30,6 +30,7 @@ import command_line
 import data
 import demo_images
 import distributed
+import dynamics
 import evaluate
 import latent_space
 import metrics
@@ -37,6 +38,7 @@ import report
 import run_state
 import update
 from command_line import InputError, RunError
+from dynamics import motion_step
 from run_log import Log, NoLog, is_sample_step, print_line, print_start, write_samples
 from training_step import training_step
 
@@ -57,12 +59,18 @@ def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[
             raise InputError(f"the run's folder {runs / c.RUN} is among the images, and the next start would train on "
                              "its samples: give another --runs-dir")
     else:
-        c.RUN = c.RUN or "demo"
+        c.RUN = c.RUN or ("demo_clips" if c.FOLDERS == "clips" else "demo")
+    if c.FOLDERS == "clips":
+        c.STEPS = min(c.STEPS, dynamics.last_step(c))
     return c, given
 
 
 def check_batch_size(c: SimpleNamespace, ranks: distributed.Ranks) -> None:
-    """Raises InputError if the batch cannot be divided evenly among the ranks."""
+    """Raises InputError if a batch cannot be divided evenly among the ranks."""
+    windows = ranks.size * dynamics.RENDERED_EVERY
+    if c.FOLDERS == "clips" and c.MOTION_BATCH % windows:
+        raise InputError(f"--motion-batch {c.MOTION_BATCH} is invalid for {ranks.size} processes: must be a multiple "
+                         f"of {windows}")
     pieces = ranks.size * (c.MICRO_BATCH or 1)
     if c.BATCH_SIZE % pieces:
         low = c.BATCH_SIZE // pieces * pieces
@@ -75,8 +83,9 @@ def load_data(c: SimpleNamespace) -> data.ImageSet:
     """Returns the images of DATA, or of the demo set; prints the skipped files."""
     root = c.DATA
     if not root:
-        root = Path(c.RUNS_DIR) / f"demo_images_{c.IMAGE_SIZE}"
-        demo_images.make(root, size=c.IMAGE_SIZE)
+        clips = c.FOLDERS == "clips"
+        root = Path(c.RUNS_DIR) / f"demo_{'clips' if clips else 'images'}_{c.IMAGE_SIZE}"
+        (demo_images.make_clips if clips else demo_images.make)(root, size=c.IMAGE_SIZE)
     return data.load_images_of_run(root, c)
 
 
@@ -129,11 +138,11 @@ class Evaluation:
         self.state.count_skipped()
         if counters["skipped_in_a_row"]:
             return
-        found = self.scores()
-        if not self.state.ranks.is_first:
+        found = self.of_motion() if dynamics.is_stage_2(self.state, self.c) else self.scores()
+        if not self.state.ranks.is_first or not found:
             return
         log.write({"step": counters["step"], **{f"evaluate_{name}": round(value, 4) for name, value in found.items()}})
-        kind, best = "kid" if "kid" in found else "sliced_wasserstein", counters["best"]
+        kind, best = next(kind for kind in ("r8", "kid", "sliced_wasserstein") if kind in found), counters["best"]
         better = best is None or best[0] != kind or found[kind] < best[1]
         print_line(f"step {counters['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
                    + (" (the best so far: best.pt)" if better else ""))
@@ -154,6 +163,12 @@ class Evaluation:
         features, made = self.gather_features(made), torch.cat(distributed.gather(ranks, made))
         return distributed.on_rank_0(ranks, lambda: {
             **evaluate.scores(made, self.real, self.extractor, self.features, features), **self.of_held_out(made)})
+
+    def of_motion(self) -> dict[str, float]:
+        """Returns the errors of predicted frames, on rank 0, once stage 2 has begun."""
+        if self.state.codes is None or not self.state.ranks.is_first:
+            return {}
+        return dynamics.measure(self.state.ema, self.c, self.image_set, self.state.codes)
 
     def of_held_out(self, made: torch.Tensor) -> dict[str, float]:
         """Returns scores that compare held-out with training and generated images: the critic's overfitting, and KID of
@@ -199,7 +214,8 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
-            values = training_step(state, c, image_set)
+            step = motion_step if dynamics.is_stage_2(state, c) else training_step
+            values = step(state, c, image_set)
             if must_wait(state, c):
                 state.count_skipped()
             if counters["step"] % c.LOG_EVERY == 0 or counters["skipped_in_a_row"]:

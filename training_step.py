@@ -5,10 +5,12 @@ BATCH_SIZE and sliced per rank.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,6 +69,11 @@ class Batch:
         """Returns every tensor that is drawn."""
         return [self.real, self.z, self.posterior_noise, self.e, *self.changes, *(self.walk or ())]
 
+    @property
+    def kind(self) -> bool:
+        """Batches of one kind can share a CUDA graph."""
+        return self.walk is None
+
 
 def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     """Draws the batch of one critic update of the current step, on the device."""
@@ -91,16 +98,22 @@ def real_images(state, c, image_set: data.ImageSet, critic_update: int) -> Tenso
     """Returns this rank's real images of a critic update, (B, C, H, W) in [-1, 1]."""
     mine = state.ranks.slice_of(c.BATCH_SIZE)
     position = (state.counters["step"] * c.N_CRITIC + critic_update) * c.BATCH_SIZE
-    indices = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
+    rows = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "flip", critic_update)).numpy()[mine] < 0.5
+    return read_images(image_set, rows, state.device, flips)
+
+
+def read_images(image_set: data.ImageSet, rows: np.ndarray, device: torch.device,
+                flips: np.ndarray | None = None) -> Tensor:
+    """Returns the images in `rows`, mirrored where `flips` is true, on the device: (B, C, H, W) in [-1, 1]."""
     if image_set.on_device is None:
-        pixels = to_device(data.read_batch(image_set, indices, flips), state.device)
+        pixels = to_device(data.read_batch(image_set, rows, flips), device)
     else:
-        pixels = image_set.on_device[to_device(torch.from_numpy(indices), state.device)].permute(0, 3, 1, 2)
+        pixels = image_set.on_device[to_device(torch.from_numpy(rows), device)].permute(0, 3, 1, 2)
         if flips is not None:
-            mirrored = to_device(torch.from_numpy(flips), state.device)[:, None, None, None]
+            mirrored = to_device(torch.from_numpy(flips), device)[:, None, None, None]
             pixels = torch.where(mirrored, pixels.flip(3), pixels)
     return data.to_image(pixels)
 
@@ -200,23 +213,28 @@ def mean_deviation(values: Tensor, dim: int) -> Tensor:
     return (values - values.mean(dim, keepdim=True)).square().mean(dim).sqrt().mean()
 
 
-def step_on_device(state, c, batches: list[Batch]) -> dict[str, Tensor]:
-    """The part of a step that can be recorded as a CUDA graph: updates, the count of skipped steps, EMA."""
-    before = state.skipped.clone()
-    values = apply_updates(state, c, batches)
-    update.count_in_a_row(state, before)
-    update.update_ema(state)
-    return values
-
-
 def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step. Returns this rank's scalars (tensors) to log, which the next step may overwrite. On CUDA the
     step may still be running."""
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
     state.decay_learning_rates(c)
-    state.counters["images_seen"] += c.BATCH_SIZE
-    state.ema_weight.fill_(update.ema_weight(c, state.counters["images_seen"]))
-    values = update.run_recorded(step_on_device, state, c, batches)
+    return take_step(state, c, apply_updates, batches, c.BATCH_SIZE)
+
+
+def take_step(state, c, updates: Callable, batches: list, images: int) -> dict[str, Tensor]:
+    """Applies updates(state, c, batches), of `images` images, as one step. Returns as training_step."""
+    state.counters["images_seen"] += images
+    state.ema_weight.fill_(update.ema_weight(c, images, state.counters["images_seen"]))
+    values = update.run_recorded(functools.partial(step_on_device, updates), state, c, batches)
     state.counters["step"] += 1
     update.wait_for_the_step_before(state)
+    return values
+
+
+def step_on_device(updates: Callable, state, c, batches: list) -> dict[str, Tensor]:
+    """The part of a step that can be recorded as a CUDA graph: updates, the count of skipped steps, EMA."""
+    before = state.skipped.clone()
+    values = updates(state, c, batches)
+    update.count_in_a_row(state, before)
+    update.update_ema(state)
     return values

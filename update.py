@@ -45,7 +45,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 # ------------------------------------------------------------------------------------- one update
 
 def descend(state, c, name: str, terms: Callable, pieces: list) -> dict[str, Tensor]:
-    """Applies one update of the network `name`, "critic" or "generator", to the sum of its loss's terms.
+    """Applies one update of the network `name`, "critic", "generator" or "motion", to the sum of its loss's terms.
 
     terms(state, c, piece) yields (loss, values to log) once per term; each has a backward pass of its own, so that the
     graphs of two terms never need memory at the same time. All losses and values are means over images, so gradients of
@@ -109,11 +109,11 @@ def count_in_a_row(state, before: Tensor) -> None:
     state.skipped[1] = (state.skipped[1] + 1) * (state.skipped[0] > before[0])
 
 
-def ema_weight(c, images_seen: int) -> float:
-    """Returns the share of the current weights in the next average: a half-life in images, shorter at the start (Karras
-    et al. 2020)."""
+def ema_weight(c, images: int, images_seen: int) -> float:
+    """Returns the share of the current weights in the next average, after a step of `images` images: a half-life in
+    images, shorter at the start (Karras et al. 2020)."""
     half_life = min(1000 * c.EMA_HALF_LIFE_KIMG, c.EMA_RAMP * images_seen)
-    return 1 - 0.5 ** (c.BATCH_SIZE / half_life) if half_life > 0 else 1.0
+    return 1 - 0.5 ** (images / half_life) if half_life > 0 else 1.0
 
 
 @torch.no_grad()
@@ -175,9 +175,9 @@ class RecordedStep:
 
 
 def run_recorded(function: Callable, state, c, batches: list) -> dict[str, Tensor]:
-    """Returns function(state, c, batches), on CUDA with CUDA_GRAPH through a RecordedStep: one graph for batches with a
-    walk, one for those without."""
+    """Returns function(state, c, batches), on CUDA with CUDA_GRAPH through a RecordedStep: one graph per kind of batch.
+    """
     if not c.CUDA_GRAPH or state.device.type != "cuda" or state.ranks.size > 1:
         return function(state, c, batches)
-    kind = tuple(batch.walk is None for batch in batches)
+    kind = tuple(batch.kind for batch in batches)
     return state.graphs.setdefault(kind, RecordedStep(function))(state, c, batches)

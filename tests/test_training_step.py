@@ -181,11 +181,11 @@ def test_the_average_starts_as_a_copy_and_has_its_half_life(path, start):
         for p in model.parameters():
             p.data.fill_(value)
     state.device = torch.device(path)
-    state.ema_weight.fill_(update.ema_weight(c, images_seen=4))
+    state.ema_weight.fill_(update.ema_weight(c, images=4, images_seen=4))
     for _ in range(10):
         update.update_ema(state)
     torch.testing.assert_close(weights(state.ema), torch.full_like(weights(state.ema), 0.5), atol=1e-5, rtol=0)
-    state.ema_weight.fill_(update.ema_weight(c, images_seen=0))
+    state.ema_weight.fill_(update.ema_weight(c, images=4, images_seen=0))
     update.update_ema(state)
     assert torch.equal(weights(state.ema), weights(state.generator))
 

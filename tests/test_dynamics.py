@@ -1,0 +1,288 @@
+"""Stage 2 of a run on clips: windows and draws, the algorithm, and the measured errors, against known answers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+
+import command_line
+import data
+import dynamics
+import losses
+import run_state
+import training_step
+from distributed import Ranks
+from model_definitions import Window
+
+LENGTHS = (3, 9, 30, 30, 40)                 # frames of the clips; the last one is held out
+PAST = 3                                     # earlier frames of a window: NUM_FRAMES - 1
+
+
+def clips_of(lengths, image_size=32):
+    """Returns an ImageSet of clips with random pixels."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    images = np.random.default_rng(0).integers(0, 256, (offsets[-1], image_size, image_size, 3), dtype=np.uint8)
+    last = len(lengths) - 1
+    return data.ImageSet(images, [f"{i}.png" for i in range(len(images))], np.arange(offsets[last]),
+                         np.arange(offsets[last], offsets[-1]), [], clip_offsets=offsets,
+                         clip_names=[f"clip {i}" for i in range(len(lengths))], train_clips=np.arange(last),
+                         held_out_clips=np.array([last]))
+
+
+@pytest.fixture
+def start():
+    """start(*flags) returns a new state in stage 2, its constants and clips. Its Delta head is random: that of a new
+    run is zero, and no gradient would reach the Transformer."""
+    def new(*flags, lengths=LENGTHS):
+        c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2",
+                                             "--motion-batch", "8", *flags])
+        state, clips = run_state.new_state(c, torch.device("cpu")), clips_of(lengths)
+        state.counters["images_seen"] = 1000
+        for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
+            head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+        state.ema.load_state_dict(state.generator.state_dict())
+        dynamics.begin(state, clips)
+        return state, c, clips
+    return new
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def window_of(c, rng, count=2):
+    return Window(torch.randn(count, PAST, c.LATENT_DIM, generator=rng),
+                  torch.randn(count, c.MOTION_DIM, generator=rng), torch.randn(count, c.LATENT_DIM, generator=rng))
+
+
+# ------------------------------------------------------------------------------------- model
+
+def test_codes_are_predicted_without_pixels_and_pixels_read_the_codes(start, rng):
+    state, c, _ = start()
+    layer, window = state.generator.layer, window_of(c, rng)
+    x, earlier = torch.rand(2, 3, 32, 32, generator=rng), torch.rand(2, 9, 32, 32, generator=rng)
+    with torch.no_grad():
+        known = layer.dynamics.tokens(window)
+        patches = layer.tokens(x, earlier)
+        count = patches.shape[1]
+        together = torch.arange(count + PAST + 1) < count
+        outputs = layer.encode(torch.cat([patches, known], 1), together[:, None] | ~together)
+        torch.testing.assert_close(outputs[:, count:], layer.encode(known))
+        torch.testing.assert_close(layer.encode_patches(patches, window), outputs[:, :count])
+        other = window._replace(codes=window.codes.flip(1))
+        assert (layer.alpha(x, earlier, window=window) - layer.alpha(x, earlier, window=other)).abs().max() > 1e-4
+
+
+def test_a_new_layer_predicts_the_newest_code_and_no_code_leaves_the_sphere(start, rng):
+    state, c, _ = start()
+    layer, window = state.generator.layer, window_of(c, rng)
+    layer.dynamics.to_delta.weight.data.zero_()
+    longest = 1.4 * c.LATENT_DIM ** 0.5
+    assert window.codes[:, 0].norm(dim=1).max() < longest
+    torch.testing.assert_close(layer.next_code(window), window.codes[:, 0])
+    far = layer.next_code(window._replace(codes=10 * window.codes))
+    torch.testing.assert_close(far, 10 * window.codes[:, 0] * longest / (10 * window.codes[:, 0]).norm(dim=1)[:, None])
+
+
+def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
+    _, c, _ = start()
+    window, z = window_of(c, rng), torch.randn(2, c.LATENT_DIM, generator=rng)
+    moved = window.followed_by(z)
+    assert torch.equal(moved.codes[:, 0], z) and torch.equal(moved.codes[:, 1:], window.codes[:, :-1])
+    assert moved.v is window.v and moved.anchor is window.anchor
+    still = Window.still(z, window.v, PAST)
+    assert still.codes.shape == (2, PAST, c.LATENT_DIM) and (still.codes == z[:, None]).all()
+
+
+def test_a_roll_feeds_its_images_and_codes_back(start, rng):
+    state, c, _ = start()
+    generator, window = state.generator, window_of(c, rng)
+    earlier = torch.rand(2, 9, 32, 32, generator=rng)
+    with torch.no_grad():
+        (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window, earlier), range(2)))
+        assert torch.equal(z, generator.layer.next_code(window))
+        assert torch.equal(image, generator(z, earlier, window=window))
+        after = window.followed_by(z)
+        assert torch.equal(z_second, generator.layer.next_code(after))
+        assert torch.equal(second, generator(z_second, torch.cat([(1 + image) / 2, earlier[:, :6]], 1), window=after))
+
+
+# ------------------------------------------------------------------------------------- windows
+
+def rows_as_codes(state, c, clips):
+    """Makes mu of each frame its row, without noise, so that a batch shows which frames it holds."""
+    rows = torch.arange(float(len(clips.images)))[:, None].expand(-1, c.LATENT_DIM)
+    state.codes = rows, torch.full_like(rows, -1e4)
+
+
+@pytest.mark.parametrize(("done", "frames"), [(0, 1), (0.31, 4), (0.56, 14)])
+def test_windows_hold_the_frames_before_and_targets_those_after(start, done, frames):
+    state, c, clips = start("--motion-batch", "64")
+    rows_as_codes(state, c, clips)
+    state.counters["images_seen"] += int(1000 * done)
+    found = set()
+    for step in range(4):
+        state.counters["step"] = step
+        batch = dynamics.draw_batch(state, c, clips)
+        assert batch.kind == frames == batch.targets.shape[1]
+        for i in range(64):
+            window, targets, cold = batch.codes[i, :, 0].tolist(), batch.targets[i, :, 0].tolist(), batch.cold[i]
+            first = int(targets[0])
+            clip = np.searchsorted(clips.clip_offsets, first, side="right") - 1
+            begin, end = clips.clip_offsets[clip:clip + 2]
+            found.add((int(clip), bool(cold)))
+            expected = [max(first - k, begin) for k in range(1, PAST + 1)]
+            assert window == ([first - 1] * PAST if cold else expected)
+            assert cold or first > begin + 1                     # a window of one frame shows no motion
+            assert targets == [min(first + k, end - 1) for k in range(frames)]
+            assert batch.valid[i].tolist() == [float(first + k < end) for k in range(frames)]
+            assert batch.around[i, :, 0].tolist() == [first - 1, first, first + 1] and first + 1 < end
+            assert begin <= batch.anchor[i, 0] < end
+            if i % dynamics.RENDERED_EVERY == 0:
+                shown = first + int(batch.picked[i // 2])
+                assert batch.valid[i, shown - first] == 1
+                oldest = first - 1 if cold else begin
+                rows = [shown, *(max(shown - k, oldest) for k in range(1, PAST + 1))]
+                pixels = torch.cat([batch.frame[i // 2], batch.earlier[i // 2] * 2 - 1]).unflatten(0, (-1, 3))
+                real = torch.from_numpy(clips.images[rows]).permute(0, 3, 1, 2) / 127.5 - 1
+                torch.testing.assert_close(pixels, real)
+    assert {clip for clip, _ in found} == {0, 1, 2, 3}           # every training clip, never the one held out
+    assert {(2, True), (2, False)} <= found
+
+
+def test_noise_is_a_share_of_the_posterior_and_equal_in_still_windows(start):
+    state, c, clips = start("--motion-batch", "512", lengths=(40,) * 5)
+    state.codes = torch.zeros_like(state.codes[0]), torch.full_like(state.codes[1], 2 * np.log(3.0))      # sigma 3
+    batch = dynamics.draw_batch(state, c, clips)
+    warm, cold = batch.codes[batch.cold == 0], batch.codes[batch.cold == 1]
+    assert abs(len(cold) / 512 - 0.4) < 0.1
+    assert (cold == cold[:, :1]).all() and (warm[:, 0] != warm[:, 1]).any(1).all()
+    assert abs(warm.square().mean().sqrt() - 3 / 3 ** 0.5) < 0.1          # E[r^2] = 1/3 for r in [0, 1)
+
+
+def test_ranks_share_the_batch(start):
+    state, c, clips = start()
+    whole = dynamics.draw_batch(state, c, clips)
+    parts = []
+    for rank in range(2):
+        state.ranks = Ranks(rank, 2)
+        parts.append(dynamics.draw_batch(state, c, clips))
+    for name, tensor, *halves in zip(whole._fields, whole, *parts):
+        assert torch.equal(tensor, torch.cat(halves)), name
+
+
+# ------------------------------------------------------------------------------------- algorithm
+
+def test_the_loss_is_that_of_the_formula(start):
+    state, c, clips = start("--lambda-code", "2", "--lambda-frame", "3", "--lambda-motion", "0.5")
+    state.counters["images_seen"] = 1400                         # four frames
+    batch, layer = dynamics.draw_batch(state, c, clips), state.generator.layer
+    (loss, values), = dynamics.motion_terms(state, c, batch)
+    code_errors, frame_errors, kl = [], [], []
+    for i in range(8):
+        mean, logvar = layer.dynamics.posterior(*(batch.around[i:i + 1, k] for k in range(3)))
+        v, kl_now = batch.noise[i:i + 1], torch.zeros(())
+        if batch.cold[i]:
+            v, kl_now = mean + logvar.exp().sqrt() * v, losses.kl_divergence(mean, logvar)
+        kl.append(kl_now / 0.4)
+        window = Window(batch.codes[i:i + 1], v, batch.anchor[i:i + 1])
+        for k in range(4):
+            z = layer.next_code(window)
+            if batch.valid[i, k]:
+                code_errors.append((z - batch.targets[i, k]).abs().mean())
+            if i % 2 == 0 and k == batch.picked[i // 2]:
+                frame, earlier = batch.frame[i // 2:i // 2 + 1], batch.earlier[i // 2:i // 2 + 1]
+                image = state.generator(z, earlier, window=window)
+                frame_errors.append(losses.motion_weighted_error(image, frame, earlier * 2 - 1))
+            window = window.followed_by(z)
+    expected = [torch.stack(part).mean() for part in (code_errors, frame_errors, kl)]
+    for name, value in zip(("code_error", "frame_error", "motion_kl"), expected):
+        torch.testing.assert_close(values[name], value, msg=name)
+    torch.testing.assert_close(loss, 2 * expected[0] + 3 * expected[1] + 0.5 * expected[2])
+
+
+def test_only_the_layer_learns_and_its_average_follows(start):
+    state, c, clips = start()
+    before = {part: {name: p.clone() for name, p in getattr(state, part).named_parameters()}
+              for part in ("generator", "critic", "ema")}
+    values = dynamics.motion_step(state, c, clips)
+    assert state.counters["step"] == 1 and state.counters["images_seen"] == 1008
+    assert set(values) == {"motion_loss", "code_error", "frame_error", "motion_kl"}
+    for part, weights in before.items():
+        changed = {name for name, p in getattr(state, part).named_parameters() if not torch.equal(p, weights[name])}
+        if part == "critic":
+            assert not changed
+        else:
+            assert all(name.startswith("layer.") for name in changed)
+            assert changed >= {"layer.dynamics.to_delta.weight", "layer.to_tokens.weight", "layer.to_s.weight",
+                               "layer.dynamics.to_posterior.2.weight", "layer.transformer.layers.0.linear1.weight"}
+
+
+def test_stage_2_begins_with_the_averaged_vae(start):
+    state, c, clips = start()
+    for p in state.ema.vae.parameters():
+        p.data.add_(0.01)
+    state.codes = None
+    dynamics.motion_step(state, c, clips)
+    for one, other in zip(state.generator.vae.parameters(), state.ema.vae.parameters()):
+        assert torch.equal(one, other)
+    image = data.to_image(torch.from_numpy(clips.images[70:72]).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(state.codes[0][70:72], state.ema.vae.encode(image)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_stages_rates_and_lengths_follow_the_images_seen(start):
+    state, c, _ = start("--motion-learning-rate", "1")
+    seen = state.counters
+    for images, stage_2 in ((999, False), (1000, True), (2000, True)):
+        seen["images_seen"] = images
+        assert dynamics.is_stage_2(state, c) == stage_2
+    for images, rate in ((1000, 0.01), (1080, 0.11), (1800, 0.4), (1900, 0.2), (2000, 0.02)):
+        seen["images_seen"] = images
+        assert dynamics.learning_rate(state, c) == pytest.approx(rate)
+    assert dynamics.last_step(c) == 1000 / 4 + 1000 / 8
+    c.FOLDERS = "ignore"
+    assert not dynamics.is_stage_2(state, c)
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+def test_a_model_without_delta_is_as_bad_as_copying(start):
+    state, c, clips = start()
+    state.ema.layer.dynamics.to_delta.weight.data.zero_()
+    found = dynamics.measure(state.ema, c, clips, state.codes)
+    assert set(found) == {"r1", "r4", "r8", "r1_frozen", "r4_frozen", "r8_frozen", "z_growth"}
+    assert all(value == pytest.approx(1) for value in found.values())
+
+
+def test_a_model_that_knows_the_motion_has_no_error(start, monkeypatch):
+    """Codes move by a constant step, which the window shows and the frozen window hides."""
+    state, c, clips = start()
+    step = torch.randn(c.LATENT_DIM, generator=torch.Generator().manual_seed(1)) / 20
+    state.codes = torch.arange(len(clips.images))[:, None] * step, state.codes[1]
+    monkeypatch.setattr(state.ema.layer, "next_code", lambda window: 2 * window.codes[:, 0] - window.codes[:, 1])
+    found = dynamics.measure(state.ema, c, clips, state.codes)
+    assert max(found["r1"], found["r4"], found["r8"]) < 1e-3
+    assert found["r1_frozen"] == found["r8_frozen"] == 1
+
+
+def test_clips_that_are_too_short_are_not_measured(start):
+    state, c, clips = start(lengths=(5, 8))
+    assert dynamics.measure(state.ema, c, clips, state.codes) == {}
+
+
+def test_strips_hold_real_frames_their_continuation_and_videos_from_noise(start):
+    state, c, clips = start()
+    rows = dynamics.strips(state.ema, c, clips, state.codes)
+    assert len(rows) == 2 + 4 and all(row.shape == (16, 3, 32, 32) for row in rows)      # one clip is held out
+    frames = torch.from_numpy(clips.images[72 + PAST:]).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(rows[0], frames[:32:2])
+
+
+# ------------------------------------------------------------------------------------- training_step's own part
+
+def test_read_images_reads_rows(start):
+    _, _, clips = start()
+    image = training_step.read_images(clips, np.array([5, 2]), torch.device("cpu"))
+    torch.testing.assert_close(image, torch.from_numpy(clips.images[[5, 2]]).permute(0, 3, 1, 2) / 127.5 - 1)
