@@ -1,14 +1,18 @@
-# `make demo` and `make test` work on a fresh machine. Without make, or on Windows: see README.md.
+# `make demo`, `make demo-video` and `make test` work on a fresh machine. Without make, or on Windows: see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo demo-video test test-slow lint clean
 
 demo: .venv/run.stamp
 	$(BIN)/python training.py --image-size 64 --minutes 10 --run $(RUN)
 	$(BIN)/python generate.py runs/$(RUN) --images 64 --seed 1 --out runs/$(RUN)/generated
 	@echo "images: runs/$(RUN)/generated/seed1_grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
+
+demo-video: .venv/run.stamp
+	$(BIN)/python training.py --folders clips --image-size 64 --minutes 20 --run demo_clips
+	@echo "samples during training: runs/demo_clips/samples; report: runs/demo_clips/index.html"
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2

@@ -1,7 +1,8 @@
-"""The built-in demo set: owls on a branch under a wide sky, drawn with code.
+"""The built-in demo sets, drawn with code: owls on a branch under a wide sky, and clips of hopping owls.
 
     python demo_images.py images                             # 4,096 owls of 128 x 128 pixels
     python demo_images.py images --count 500 --size 256
+    python demo_images.py clips --clips 600 --size 64        # 600 clips of 48 frames
 
 Forms are signed distance functions (negative inside, 0 on the edge), so edges are smooth at any size. An image spans
 -1..1 in both directions, x to the right and y down.
@@ -11,11 +12,13 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 # isort: split
 
+import contextlib
+import copy
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +30,12 @@ import command_line
 from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
-MARKER = "demo_set.json"
+CLIP_FORMAT = 1  # the same for what only the clips show
+MARKER, STATES = "demo_set.json", "states.npz"
 Point = tuple[float, float]
 Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
-LIMITS = {"count": (1, 1_000_000), "size": (16, 1024), "seed": (0, 2 ** 63 - 1)}
+LIMITS = {"count": (1, 1_000_000), "clips": (1, 100_000), "frames": (3, 1000), "size": (16, 1024),
+          "seed": (0, 2 ** 63 - 1)}
 
 # OKLCH (lightness, chroma, hue in turns): the sky from the zenith to the horizon, then light and shadow.
 SKIES = {
@@ -46,6 +51,16 @@ EARS = {"none": 0, "short": 0.10, "long": 0.24}  # length of the tufts
 FACES = ["goggles", "heart", "round"]
 PATTERNS = ["plain", "dots", "stripes", "chevrons", "scales", "diamonds"]
 SCHEMES = {"analogous": 0.10, "triadic": 0.33, "split": 0.42, "complementary": 0.5}  # hue step to the accent
+
+# Clips. Lengths are those of the image, which spans -1..1; times are frames.
+GRAVITY = 0.02
+HOPS = range(8, 17)             # frames in the air: n frames of flight rise by GRAVITY * n^2 / 8, 0.16 to 0.64
+HOP_SPEED = (0.02, 0.07)        # horizontal
+RESTS = range(9)                # frames on the branch between two different hops
+BLINK = (0.5, 1, 1, 0.5)        # how far the lids are closed
+FEET, BODY = 0.755, 0.27        # y of the feet and of the body's middle in an owl of the still set
+PERCH = 0.76                    # y of the feet on the branch
+OWL_WINDOW = 1.15               # no part of an owl, wings included, is farther from (0, 0) in the still set
 
 
 def factors(index: int, seed: int = 0) -> dict:
@@ -127,7 +142,7 @@ class Scene:
     """An image while it is drawn: `canvas` (3, size, size) in [0, 1], coordinates, factors `f`, colours, light."""
 
     def __init__(self, index: int, size: int, seed: int):
-        self.f = f = factors(index, seed)
+        self.f = f = factors(index, seed) | {"turn": 0.0}  # only the owls of clips turn their faces
         self.rng = np.random.default_rng([seed, index, 1])  # for stars, clouds and trees
         axis = ((np.arange(size) + 0.5) * 2 / size - 1).astype(np.float32)
         self.x, self.y = np.broadcast_to(axis, (size, size)), np.broadcast_to(axis[:, None], (size, size))
@@ -140,6 +155,19 @@ class Scene:
         reach = math.hypot(self.sun[0], self.sun[1], 0.65)
         self.towards = (self.sun[0] / reach, self.sun[1] / reach, 0.65 / reach)
         self.canvas = np.zeros((3, size, size), np.float32)
+        self.branch = np.zeros((size, size), np.float32)  # its coverage, once it is drawn
+
+    def window(self, x: float, y: float, scale: float) -> "Scene":
+        """Returns the part of this scene around an owl of `scale` times the usual size whose (0, 0) is at (x, y),
+        in the owl's coordinates. Its canvas is a view of this one.
+        """
+        part = copy.copy(self)
+        reach = OWL_WINDOW * scale
+        columns, rows = (slice(*np.searchsorted(self.axis, (at - reach, at + reach))) for at in (x, y))
+        part.x, part.y = (self.x[rows, columns] - x) / scale, (self.y[rows, columns] - y) / scale
+        part.canvas, part.branch = self.canvas[:, rows, columns], self.branch[rows, columns]
+        part.pixel = self.pixel / scale
+        return part
 
     def cover(self, distance: np.ndarray, soft: float = 1.0) -> np.ndarray:
         """Returns the coverage of each pixel by a form, in [0, 1]; soft: width of the edge, pixels."""
@@ -259,7 +287,15 @@ def palette(f: dict) -> dict[str, np.ndarray]:
 def draw_branch(s: Scene) -> None:
     middle = 0.80 + s.f["branch"] * s.x + 0.03 * np.sin(3 * s.x + 7 * s.f["x"])
     branch = np.abs(s.y - middle) - 0.075 + math.copysign(0.02, s.f["branch"]) * s.x
-    s.paint(s.cover(branch), oklch(0.42, 0.06, 0.15), s.volume(branch, 0.09))
+    s.branch = s.cover(branch)
+    s.paint(s.branch, oklch(0.42, 0.06, 0.15), s.volume(branch, 0.09))
+
+
+def draw_tail(s: Scene) -> None:
+    """Draws the tail, behind the branch where that is there already."""
+    x, y = rotate(s.x - s.f["x"], s.y, s.f["lean"], (0, 0.8))
+    tail = ellipse(x, y, (0, 0.78), (0.17 * s.f["width"], 0.20))
+    s.paint(s.cover(tail) * (1 - s.branch), palette(s.f)["wing"], s.volume(tail, 0.15))
 
 
 def draw_owl(s: Scene) -> None:
@@ -267,9 +303,6 @@ def draw_owl(s: Scene) -> None:
     x, y = rotate(s.x - f["x"], s.y, f["lean"], (0, 0.8))  # leans about its feet
     head_x, head_y = rotate(x, y, f["tilt"], (0, -0.05))
     head_x, head_y = head_x / scale, (head_y + 0.27) / scale  # the head's middle is 0
-    tail = ellipse(x, y, (0, 0.78), (0.17 * wide, 0.20))
-    s.paint(s.cover(tail), colours["wing"], s.volume(tail, 0.15))
-    draw_branch(s)
     body = ellipse(x, y, (0, 0.27), (0.45 * wide, 0.50))
     form = join(body, ellipse(head_x, head_y, (0, 0), (0.46, 0.37)) * scale, 0.12)
     glow = 0.35 * np.exp(-np.maximum(form, 0) / 0.07)  # separates the owl from a sky of its colour
@@ -285,7 +318,7 @@ def draw_owl(s: Scene) -> None:
     s.paint(breast * pattern(f["pattern"], x, y - 0.34, 0.15 * f["pattern_size"]), colours["mark"], lit)
     draw_wings(s, colours, x, y)
     draw_feet(s, colours)
-    draw_face(s, colours, head_x, head_y, lit)
+    draw_face(s, colours, head_x - 0.10 * f["turn"], head_y, lit)
 
 
 def draw_wings(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> None:
@@ -337,16 +370,97 @@ def draw_face(s: Scene, colours: dict[str, np.ndarray], x: np.ndarray, y: np.nda
     s.paint(s.cover(beak - 0.01), colours["beak"], soft)
 
 
+def pixels(canvas: np.ndarray) -> np.ndarray:
+    """Converts a canvas (3, size, size) in [0, 1] to uint8 (size, size, 3)."""
+    return np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
+
+
 def draw(index: int, size: int = 128, seed: int = 0) -> np.ndarray:
     """Returns image `index` of the set, uint8 (size, size, 3), a function of its arguments."""
     scene = Scene(index, size, seed)
-    draw_sky(scene)
-    draw_land(scene)
-    draw_owl(scene)
-    return np.rint(np.clip(scene.canvas, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0).copy()
+    for part in (draw_sky, draw_land, draw_tail, draw_branch, draw_owl):
+        part(scene)
+    return pixels(scene.canvas)
 
 
-# ------------------------------------------------------------------------------------- the set on disk
+# ------------------------------------------------------------------------------------- clips
+
+def motion(index: int, frames: int, seed: int = 0) -> dict:
+    """Returns the state of clip `index`, {name: (frames,) array}, and of its owl, {name: number or str}.
+
+    The owl flies as a ball does: at height h above the branch it moves by vx sideways and by vy down, and vy grows by
+    GRAVITY per frame; the sides of the image turn vx around. Where it lands, half of the hops are repeated at once;
+    the other half are followed by a rest and by a hop of another height, speed and direction. The head turns by a
+    quarter of the way to its goal in each frame. Random are only: the kind of the next hop, the rest, the goal and the
+    time of the next one, and the time of the next blink. All else follows from the frames before.
+
+    x, y: middle of the body, in image coordinates: -1..1, y down
+    vx, vy: velocity just after the frame, after the landing or bounce that it shows, per frame; in the air
+        x[t + 1] = x[t] + vx[t] and y[t + 1] = y[t] + vy[t] + GRAVITY / 2; 0 while it rests
+    tilt, turn: head's angle, radians clockwise, and where the face looks, -1 (left) to 1 (right)
+    lids: how far a blink has closed them, 0 to 1
+    landed, bounced: bool: the feet met the branch, or the owl a side of the image, after the frame before
+    scale: the owl's size, a share of that in the still set
+    hue, sky: its hue in turns, and the name of the sky
+    """
+    f, rng = factors(index, seed), np.random.default_rng([seed, index, 2])
+    scale = rng.uniform(0.45, 0.60)
+    reach = 1 - 0.46 * f["width"] * scale  # where the body touches the side
+    x, vx, height, rise, tilt, turn, goal = rng.uniform(-reach, reach), 0.0, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0)
+    hop, in_air, rest, blink, rows = None, 0, 1, len(BLINK), []
+    for _ in range(64 + frames):  # the first 64 lead to a random moment of the movement
+        landed = bounced = False
+        if in_air:
+            x, height, rise, in_air = x + vx, height + rise - GRAVITY / 2, rise - GRAVITY, in_air - 1
+            bounced, landed = abs(x) > reach, in_air == 0
+            if bounced:
+                x, vx = math.copysign(2 * reach, x) - x, -vx
+            if landed:
+                height = rise = 0.0  # not a rounding error beside it
+                if rng.random() < 0.5:
+                    hop, rest = None, rng.choice(RESTS)
+        else:
+            rest -= 1
+        if not in_air and not rest:
+            if hop is None:
+                hop, vx = rng.choice(HOPS), rng.choice((-1, 1)) * rng.uniform(*HOP_SPEED)
+            in_air, rise = hop, GRAVITY * hop / 2
+        if rng.random() < 1 / 12:
+            goal = rng.uniform(-0.45, 0.45), rng.uniform(-1, 1)
+        tilt, turn = tilt + (goal[0] - tilt) / 4, turn + (goal[1] - turn) / 4
+        blink = 0 if blink >= len(BLINK) and rng.random() < 1 / 14 else blink + 1
+        rows.append((x, PERCH - (FEET - BODY) * scale - height, vx if in_air else 0.0, -rise, tilt, turn,
+                     BLINK[blink] if blink < len(BLINK) else 0.0, landed, bounced))
+    names = ("x", "y", "vx", "vy", "tilt", "turn", "lids", "landed", "bounced")
+    state = dict(zip(names, np.array(rows[-frames:], np.float32).T))
+    state |= {name: state[name].astype(bool) for name in ("landed", "bounced")}
+    return state | {"scale": scale, "hue": f["hue"], "sky": f["sky"]}
+
+
+def draw_clip(index: int, frames: int = 48, size: int = 128, seed: int = 0) -> Iterator[np.ndarray]:
+    """Yields the frames of clip `index`, uint8 (size, size, 3), functions of the arguments.
+
+    The owl is that of image `index`. It moves as `motion` says; its wings open with its height. No part of a frame
+    depends on the velocity, so that a single frame does not show where the owl is going.
+    """
+    scene, state = Scene(index, size, seed), motion(index, frames, seed)
+    scene.f |= {"x": 0.0, "lean": 0.0, "branch": 0.0}
+    for part in (draw_sky, draw_land, draw_branch):
+        part(scene)
+    background, fixed, scale = scene.canvas, scene.f, state["scale"]
+    for x, y, tilt, turn, lids in zip(*(state[name].tolist() for name in ("x", "y", "tilt", "turn", "lids"))):
+        height = PERCH - (FEET - BODY) * scale - y
+        wings = min(0.08 + 2.2 * height, 0.9)
+        scene.f = fixed | {"tilt": tilt, "turn": turn, "lids": mix(fixed["lids"], 1.8, lids), "left_wing": wings,
+                           "right_wing": wings}
+        scene.canvas = background.copy()
+        owl = scene.window(x, y - BODY * scale, scale)
+        draw_tail(owl)
+        draw_owl(owl)
+        yield pixels(scene.canvas)
+
+
+# ------------------------------------------------------------------------------------- the sets on disk
 
 def make(folder: str | Path, count: int = 4096, size: int = 128, seed: int = 0) -> Path:
     """Draws `count` images of size x size pixels as folder/<sky>/owl_<number>.jpg, once. Returns the folder.
@@ -355,23 +469,67 @@ def make(folder: str | Path, count: int = 4096, size: int = 128, seed: int = 0) 
     process waits until the first is done. Raises InputError for invalid values and for a folder with other files,
     OSError if the set cannot be written.
     """
-    values = {"format": FORMAT, "count": count, "size": size, "seed": seed}
-    for name, (low, high) in LIMITS.items():
-        if not low <= values[name] <= high:
-            raise InputError(f"--{name} {values[name]} is invalid: must be {low} to {high}")
     folder = Path(folder)
-    if _has_marker(folder, values) and not _missing(folder, count):
+
+    def missing():
+        there = {path.name for path in folder.glob("*/owl_*.jpg")}
+        return [index for index in range(count) if f"owl_{index:06d}.jpg" not in there]
+
+    def write(index):
+        _save(draw(index, size, seed), folder / factors(index, seed)["sky"] / f"owl_{index:06d}.jpg")
+
+    return _make(folder, {"format": FORMAT, "count": count, "size": size, "seed": seed}, missing, write)
+
+
+def make_clips(folder: str | Path, count: int = 600, frames: int = 48, size: int = 128, seed: int = 0) -> Path:
+    """Draws `count` clips as folder/clip_<number>/frame_<number>.jpg, once. Returns the folder.
+
+    folder/states.npz holds what `motion` returns, stacked: np.load(folder / "states.npz")["x"][clip, frame], and
+    ["hue"][clip] for what is fixed in a clip. The promises and errors are those of `make`.
+    """
+    folder = Path(folder)
+
+    def missing():
+        names = [f"clip_{index:05d}" for index in range(count)]
+        clips = [index for index, name in enumerate(names) if len([*folder.glob(f"{name}/frame_*.jpg")]) < frames]
+        return clips if (folder / STATES).exists() else [STATES, *clips]
+
+    def write(item):
+        if item == STATES:
+            states = [motion(index, frames, seed) for index in range(count)]
+            with checkpoints.atomic_write(folder / STATES) as file:
+                np.savez(file, **{name: np.array([state[name] for state in states]) for name in states[0]})
+            return
+        for number, image in enumerate(draw_clip(item, frames, size, seed)):
+            _save(image, folder / f"clip_{item:05d}" / f"frame_{number:03d}.jpg")
+
+    return _make(folder, {"format": FORMAT, "clip_format": CLIP_FORMAT, "clips": count, "frames": frames, "size": size,
+                          "seed": seed}, missing, write)
+
+
+def _make(folder: Path, values: dict, missing: Callable[[], list], write: Callable) -> Path:
+    """Writes what is missing of the set with these values, after deleting one with others; see `make`.
+
+    missing() returns the items that are not there, write(item) draws one and saves it.
+    """
+    for name, (low, high) in LIMITS.items():
+        if not low <= values.get(name, low) <= high:
+            raise InputError(f"--{name} {values[name]} is invalid: must be {low} to {high}")
+    if _has_marker(folder, values) and not missing():
         return folder
     others = {path.name for path in folder.glob("[!.]*")} - {MARKER, MARKER + ".part", "lock"}
     if others and not (folder / MARKER).exists():
         raise InputError(f"{folder}: contains other files: must be a new or empty folder")
     with checkpoints.lock(folder, lambda: print(f"waiting for another process that draws {folder}")):
         if not _has_marker(folder, values):
-            for old in folder.glob("*/owl_*"):
-                old.unlink()
+            _delete(folder)
             with checkpoints.atomic_write(folder / MARKER) as file:
                 file.write(json.dumps(values).encode())
-        _draw_files(folder, _missing(folder, count), size, seed)
+        # Freeing a large block makes glibc keep freed memory from then on: 7 instead of 10 ms per image.
+        np.empty(2 ** 24, np.uint8)
+        for item in tqdm(missing(), desc="drawing the demo set", unit="clip" if "clips" in values else "img",
+                         disable=None):    # on a terminal
+            write(item)
     return folder
 
 
@@ -383,22 +541,21 @@ def _has_marker(folder, values):
         return False
 
 
-def _missing(folder, count):
-    """Returns {number: file name} of the images that are not there."""
-    there = {path.name for path in folder.glob("*/owl_*.jpg")}
-    return {index: name for index in range(count) if (name := f"owl_{index:06d}.jpg") not in there}
+def _delete(folder):
+    """Deletes the files of either set, and the folders that are empty then."""
+    (folder / STATES).unlink(missing_ok=True)
+    for old in [*folder.glob("*/owl_*"), *folder.glob("clip_*/frame_*")]:
+        old.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            old.parent.rmdir()
 
 
-def _draw_files(folder, missing, size, seed):
-    # Freeing a large block makes glibc keep freed memory from then on: 7 instead of 10 ms per image.
-    np.empty(2 ** 24, np.uint8)
-    for index, name in tqdm(missing.items(), desc="drawing the demo set", unit="img", disable=None):   # on a terminal
-        file = folder / factors(index, seed)["sky"] / name
-        file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix(".part")
-        # A tenth of PNG's time, half its size, no visible loss. Not flushed to the disk: it can be drawn again.
-        Image.fromarray(draw(index, size, seed)).save(part, "JPEG", quality=95, subsampling=0)
-        os.replace(part, file)
+def _save(image, file):
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_suffix(".part")
+    # A tenth of PNG's time, half its size, no visible loss. Not flushed to the disk: it can be drawn again.
+    Image.fromarray(image).save(part, "JPEG", quality=95, subsampling=0)
+    os.replace(part, file)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -406,12 +563,23 @@ def _draw_files(folder, missing, size, seed):
 def start(argv: Sequence[str] | None) -> None:
     parser = command_line.Parser("demo_images.py", __doc__)
     parser.add_argument("folder", type=Path, help="a new or empty folder, or an interrupted set to complete")
-    parser.add_argument("--count", type=int, default=4096, help="number of images [%(default)s]")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--count", type=int, default=4096, help="number of images [%(default)s]")
+    number.add_argument("--clips", type=int, help="draw this number of clips instead: folders of numbered frames")
+    parser.add_argument("--frames", type=int, help="frames of a clip [48]")
     parser.add_argument("--size", type=int, default=128, help="side of an image, pixels [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws another set [%(default)s]")
     flags = parser.parse_args(argv)
-    make(flags.folder, flags.count, flags.size, flags.seed)
-    print(f"{flags.count} images of {flags.size} x {flags.size} pixels in {flags.folder}")
+    if flags.clips is None:
+        if flags.frames is not None:
+            raise InputError("--frames is the length of a clip: add --clips with the number of clips")
+        make(flags.folder, flags.count, flags.size, flags.seed)
+        drawn = f"{flags.count} images"
+    else:
+        frames = 48 if flags.frames is None else flags.frames
+        make_clips(flags.folder, flags.clips, frames, flags.size, flags.seed)
+        drawn = f"{flags.clips} clips of {frames} frames"
+    print(f"{drawn} of {flags.size} x {flags.size} pixels in {flags.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
