@@ -160,7 +160,7 @@ def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
         codes.append(layer.next_code(window))
         window = window.followed_by(codes[-1])
     codes = torch.stack(codes, dim=1)                                        # (B, K, LATENT_DIM)
-    code_error = ((codes - batch.targets).abs().mean(2) * batch.valid).sum() / batch.valid.sum()
+    code_error = ((codes - batch.targets).abs().mean(2) * batch.valid).mean()
 
     rendered = slice(None, None, RENDERED_EVERY)
     past = torch.cat([batch.codes.flip(1), codes], dim=1)[rendered]          # (R, P + K, LATENT_DIM), oldest first

@@ -189,8 +189,7 @@ def test_the_loss_is_that_of_the_formula(start):
         window = Window(batch.codes[i:i + 1], v, batch.anchor[i:i + 1])
         for k in range(4):
             z = layer.next_code(window)
-            if batch.valid[i, k]:
-                code_errors.append((z - batch.targets[i, k]).abs().mean())
+            code_errors.append(batch.valid[i, k] * (z - batch.targets[i, k]).abs().mean())
             if i % 2 == 0 and k == batch.picked[i // 2]:
                 frame, earlier = batch.frame[i // 2:i // 2 + 1], batch.earlier[i // 2:i // 2 + 1]
                 image = state.generator(z, earlier, window=window)

@@ -85,6 +85,17 @@ def test_resuming_is_exact_with(whole, tmp_path, monkeypatch, flags):
     assert_equal(end_of(tmp_path), expected)
 
 
+@pytest.mark.parametrize("step", [2, 3, 4, 6])       # before, at and after the start of stage 2; longer unrolling
+def test_resuming_a_run_on_clips_is_exact(whole, tmp_path, step):
+    flags = ("--folders", "clips", "--vae-kimg", "0.012", "--dynamics-kimg", "0.036", "--motion-batch", "4",
+             "--evaluate-every", "4")
+    images, expected = whole(*flags)
+    assert [line["stage"] for line in expected["log"] if "stage" in line] == [1] * 3 + [2] * 6
+    for steps in (step, STEPS):
+        train(tmp_path, images, "--steps", str(steps), *flags)
+    assert_equal(end_of(tmp_path), expected)
+
+
 def test_resuming_with_other_workers_and_a_new_cache_is_exact(whole, tmp_path, monkeypatch):
     images, expected = whole()
     monkeypatch.setattr(image_cache, "POOL_FROM", 1)            # scan processes, although there are few images

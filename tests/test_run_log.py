@@ -74,7 +74,8 @@ def test_the_documentation_holds_the_table():
 
 
 def test_the_table_names_every_logged_value(tmp_path):
-    of_clips = {value.key for value in run_log.HEALTHY if "lips" in value.words[:20] or value.key.startswith("evaluate_")}
+    of_clips = {value.key for value in run_log.HEALTHY
+                if "lips" in value.words[:20] or value.key.startswith("evaluate_")}
     assert set(run_steps(tmp_path, 2)[0]) - {"step", "images_seen", "best", "seconds"} == set(BY_KEY) - of_clips
 
 

@@ -1,0 +1,155 @@
+"""How well a model trained on clips predicts the frames that follow: on the moving demo set, in pixels too.
+
+    python benchmarks/motion.py runs/demo_clips                        # a few minutes; needs stage 2 to have begun
+    python benchmarks/motion.py runs/demo_clips --strip motion.png     # and shows continued clips and videos from noise
+
+From windows of held-out clips, codes are predicted for 16 frames. r1, r4, r8: mean absolute error of the rendered
+prediction, against the rendered code of the real frame, divided by that of a copy of the last known frame. p1 to p16:
+distance in pixels between the owl's position in the rendered prediction and its real one. A small network reads the
+position; it is trained here on real and on reconstructed training frames, and its own error is printed.
+
+copy: the last known frame. linear: mu goes on as between the last two frames. frozen window: the Transformer reads
+copies of its newest code, so that nothing shows the motion.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tables  # noqa: F401 (the project's root on sys.path)
+import torch
+from torch import Tensor, nn
+
+import command_line
+import data
+import demo_images
+import dynamics
+import pictures
+from command_line import InputError, positive
+from model_definitions import Generator, load_generator
+from training_step import read_images
+
+AHEAD, MEASURED = (1, 4, 8, 16), (1, 4, 8)
+CLIPS, STARTS = 64, 3
+BATCH = 64
+RATE = 2e-3                                           # of Adam, for the network that reads positions
+
+
+class Position(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] -> x, y of the owl in image coordinates, -1..1: (B, 2)."""
+
+    def __init__(self, image_size: int, channels: int):
+        super().__init__()
+        axis = torch.linspace(-1, 1, image_size)
+        self.place = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]
+        layers, width, side = [], channels + 2, image_size
+        for next_width in (16, 32, 64, 64):
+            layers += [nn.Conv2d(width, next_width, 3, stride=2, padding=1), nn.ReLU()]
+            width, side = next_width, -(-side // 2)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side ** 2, 64), nn.ReLU(),
+                                    nn.Linear(64, 2))
+
+    def forward(self, image):
+        return self.layers(torch.cat([image, self.place.expand(len(image), -1, -1, -1)], dim=1))
+
+
+def positions(image_set: data.ImageSet, root: Path) -> Tensor:
+    """Returns x and y of the owl in all frames, (N, 2). Raises InputError if this is not the moving demo set."""
+    try:
+        states = np.load(root / demo_images.STATES)
+        clips = [int(name.removeprefix("clip_")) for name in image_set.clip_names]
+        found = np.concatenate([np.stack([states["x"][clip], states["y"][clip]], axis=1) for clip in clips])
+    except (OSError, ValueError, KeyError):
+        found = ()
+    if len(found) != len(image_set.images):
+        raise InputError(f"{root}: not a complete moving demo set: must be one of demo_images.py, with --clip-stride 1")
+    return torch.from_numpy(found).float()
+
+
+def train_reader(generator: Generator, image_set: data.ImageSet, target: Tensor, steps: int) -> Position:
+    """Returns a network that reads positions, trained on real training frames and on their reconstructions."""
+    torch.manual_seed(0)
+    c = generator.layer
+    reader = Position(c.image_size, c.channels)
+    optimizer = torch.optim.Adam(reader.parameters(), lr=RATE)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = RATE * max(0.02, 1 - step / steps)
+        rows = image_set.train[torch.randint(len(image_set.train), (BATCH,)).numpy()]
+        image = read_images(image_set, rows, torch.device("cpu"))
+        if step % 2:
+            with torch.no_grad():
+                image = 2 * rendered(generator, generator.vae.encode(image)[0]) - 1
+        loss = (reader(image) - target[rows]).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return reader.requires_grad_(False)
+
+
+def rendered(generator: Generator, z: Tensor) -> Tensor:
+    """Returns images in [0, 1] of codes, without the Transformer."""
+    return torch.cat([generator.layer.displayed(generator.vae.decode(part)) for part in z.split(BATCH)])
+
+
+@torch.no_grad()
+def measure(generator: Generator, c, image_set: data.ImageSet, target: Tensor, reader: Position) -> dict[str, dict]:
+    """Returns {predictor: {"r1": ratio, ..., "p1": pixels, ...}}, and the number of windows."""
+    codes = dynamics.encode_frames(generator.vae, image_set, torch.device("cpu"))
+    window, first = dynamics.windows(c, image_set, codes, CLIPS, STARTS, max(AHEAD))
+    if not len(first):
+        raise InputError(f"the clips are too short: must have more than {max(AHEAD)} frames")
+    frames = torch.arange(1, max(AHEAD) + 1)[None, :, None]
+    newest, step = window.codes[:, 0, None], window.codes[:, 0, None] - window.codes[:, 1, None]
+    predicted = {"copy": newest.expand(-1, max(AHEAD), -1), "linear": newest + frames * step,
+                 "Transformer": dynamics.unrolled(generator, window, max(AHEAD)),
+                 "Transformer, frozen window": dynamics.unrolled(generator, window, max(AHEAD), frozen=True)}
+    half, found = c.IMAGE_SIZE / 2, {name: {} for name in predicted}
+    for ahead in AHEAD:
+        rows = torch.from_numpy(first + ahead - 1)
+        real = rendered(generator, codes[0][rows])
+        made = {name: rendered(generator, z[:, ahead - 1]) for name, z in predicted.items()}
+        for name, image in made.items():
+            if ahead in MEASURED:
+                found[name][f"r{ahead}"] = ((image - real).abs().mean() / (made["copy"] - real).abs().mean()).item()
+            found[name][f"p{ahead}"] = half * (reader(2 * image - 1) - target[rows]).norm(dim=1).mean().item()
+    rows = torch.from_numpy(first)
+    for name, image in (("reader, real frames", read_images(image_set, first, torch.device("cpu"))),
+                        ("reader, reconstructions", 2 * rendered(generator, codes[0][rows]) - 1)):
+        found[name] = {"p1": half * (reader(image) - target[rows]).norm(dim=1).mean().item()}
+    return found
+
+
+def start(argv: Sequence[str] | None) -> None:
+    parser = command_line.Parser("motion.py", __doc__)
+    parser.add_argument("run", help="a run on the moving demo set: its folder or a checkpoint")
+    parser.add_argument("--steps", type=positive(int), default=3000,
+                        help="training steps of the network that reads positions [%(default)s]")
+    parser.add_argument("--strip", metavar="FILE", help="a picture: every 2nd frame of 4 held-out clips, the "
+                        "continuation below each, and 4 videos from noise")
+    flags = parser.parse_args(argv)
+    generator, c, _ = load_generator(flags.run)
+    if c.FOLDERS != "clips":
+        raise InputError(f"{flags.run}: trained on still images: must be a run with --folders clips")
+    root = Path(c.DATA or Path(c.RUNS_DIR) / f"demo_clips_{c.IMAGE_SIZE}")
+    image_set = data.load_images_of_run(root, c, data.cache_elsewhere(None))
+    target = positions(image_set, root)
+    reader = train_reader(generator, image_set, target, flags.steps)
+    names = [*(f"r{ahead}" for ahead in MEASURED), *(f"p{ahead}" for ahead in AHEAD)]
+    print(f"| {' | '.join(['', *names])} |\n|{' --- |' * (1 + len(names))}")
+    for name, values in measure(generator, c, image_set, target, reader).items():
+        print(f"| {' | '.join([name, *(f'{values[key]:.3g}' if key in values else '' for key in names)])} |")
+    if flags.strip:
+        codes = dynamics.encode_frames(generator.vae, image_set, torch.device("cpu"))
+        rows = dynamics.strips(generator, c, image_set, codes)
+        pictures.save_picture(flags.strip, pictures.grid([image for row in rows for image in data.to_arrays(row)],
+                                                         columns=len(rows[0])))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input."""
+    return command_line.run_script("motion.py", start, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
