@@ -4,6 +4,9 @@
     rows = images.train[batch_indices(len(images.train), SEED, position, batch_size)]
     image = to_image(read_batch(images, rows).to(device))    # (B, C, H, W), in [-1, 1]
 
+    videos = load_images("./videos", image_size=64, channels=3, cache_dir="runs/.cache", folders="clips")
+    first, end = videos.clip_offsets[i:i + 2]                # clip i: videos.images[first:end], in time order
+
 Flat folders, class folders and nested folders work. Names with a leading dot (macOS writes ._photo.jpg beside
 photo.jpg) and files with other extensions are ignored. A file is decoded again only when its size or one of its
 times differs. The cache may be deleted at any time.
@@ -18,7 +21,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +29,10 @@ import numpy as np
 from PIL import features
 
 import checkpoints
+import clips
 import image_cache
 from errors import InputError
-from image_files import EXTENSIONS, UNSUPPORTED, counted, decode, printable, reason_of
+from image_files import EXTENSIONS, counted, decode, printable, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
@@ -48,11 +52,16 @@ PathLike = str | os.PathLike
 
 @dataclass
 class ImageSet:
-    """The usable images of one folder, sorted by path.
+    """The usable images of one folder, sorted by path, or the frames of its usable clips, in natural order.
 
-    images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/".
-    train, held_out: int64 indices into images. skipped: (relative path, reason) of each file that cannot be used.
-    warnings: lines about the set: missing files, too few or plain images, dark 16-bit images.
+    images: (N, H, W, C) uint8, a read-only memory map. paths: N paths relative to the folder, with "/"; of frame 12 of
+    a video "name.mp4#00012". train, held_out: int64 indices into images. skipped: (relative path, reason) of each file,
+    or clip, that cannot be used. warnings: lines about the set: missing files, too few or plain images, dark 16-bit
+    images.
+
+    clip_offsets: (M + 1,) int64; clip i is images[clip_offsets[i]:clip_offsets[i + 1]], in time order. None if the
+    folders are no clips; then the others are empty. clip_names: M paths relative to the folder, "." for itself.
+    train_clips, held_out_clips: int64 indices of clips; train and held_out are all of their frames.
     """
 
     images: np.ndarray
@@ -62,6 +71,10 @@ class ImageSet:
     skipped: list[tuple[str, str]]
     warnings: Sequence[str] = ()
     on_device: "torch.Tensor | None" = None    # a copy of images in the memory of a GPU
+    clip_offsets: np.ndarray | None = None
+    clip_names: Sequence[str] = ()
+    train_clips: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    held_out_clips: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
@@ -74,19 +87,20 @@ def read_photo(path: PathLike, image_size: int, channels: int, background: int =
 
 # ------------------------------------------------------------------------------------- finding files
 
-def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict, list]:
+def find_files(root: PathLike, leave_out: PathLike | None = None, videos: bool = False) -> tuple[dict, list]:
     """Returns {relative path: (size, mtime_ns, ctime_ns)} of the image files, sorted, and [(path, reason)] of others.
 
     Accepts what torchvision's ImageFolder accepts, and folders without class folders. Reads each folder once. Follows
     links to folders after all real folders, so that an image keeps its real path, but not to root or its parents. Does
-    not enter the folder leave_out. Raises InputError if root is not a folder or contains nothing like an image.
+    not enter the folder leave_out. videos: finds videos too. Raises InputError if root is not a folder or contains
+    nothing like an image.
     """
     if not os.path.isdir(root):
         problem = "is a file, not a folder of images" if os.path.exists(root) else "does not exist; give its new place"
         if os.path.isfile(root) and os.fspath(root).lower().endswith(ARCHIVES):
             problem = "is an archive: unpack it, and give the folder of its images"
         raise InputError(f"{printable(root)} {problem}")
-    real_root = os.path.realpath(root)
+    real_root, extensions = os.path.realpath(root), clips.EXTENSIONS if videos else EXTENSIONS
     visited = {str(parent) for parent in Path(real_root).parents}
     if leave_out is not None:
         visited |= {os.path.realpath(leave_out)} - {real_root}
@@ -110,68 +124,93 @@ def find_files(root: PathLike, leave_out: PathLike | None = None) -> tuple[dict,
                     continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(path)
-                elif entry.name.lower().endswith(EXTENSIONS):
+                elif entry.name.lower().endswith(extensions):
                     status = entry.stat()
                     files[path] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             except OSError as error:
                 skipped.append((path, "broken link" if entry.is_symlink() else reason_of(error)))
     if not files and not skipped:
-        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(EXTENSIONS[:-1])}")
+        raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(extensions[:-1])}"
+                         + (f". {clips.DEFINITION}" if videos else ""))
     return dict(sorted(files.items())), skipped
 
 
 def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
                 workers: int = -1, held_out_share: float = 0.02, leave_out: PathLike | None = None,
-                progress: bool = True) -> ImageSet:
+                progress: bool = True, folders: str = "ignore", clip_stride: int = 1) -> ImageSet:
     """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
     Each image becomes image_size x image_size with 1 or 3 channels; transparent parts show the grey level
     `background`. `workers` processes decode (-1: one per core, 0: this process). About held_out_share of the images is
     held out from training, of small sets more (see split). The pixels of an image decide, so equal images are on one
     side, and no image that was trained on is held out later, when files are added. Does not enter the folder leave_out,
-    for example the folder of the runs. Raises InputError, RunError if a scan process dies, and OSError if the cache
-    cannot be written.
+    for example the folder of the runs. folders: "clips" reads clips (see clips.py), of which every clip_stride-th frame
+    is taken, and holds out whole clips (see clips.split). Raises InputError, RunError if a scan process dies, and
+    OSError if the cache cannot be written.
     """
     root, cache_dir, settings = os.path.expanduser(root), os.fspath(cache_dir), (image_size, channels, background)
-    files, skipped = find_files(root, leave_out)
-    folder = image_cache.cache_folder(root, settings, cache_dir)
+    found, skipped = find_files(root, leave_out, folders == "clips")
+    of_clip, videos, files = None, None, found
+    if folders == "clips":
+        of_clip, videos, files = clips.find_clips(root, found, skipped, clip_stride)
+    folder = image_cache.cache_folder(root, _cache_settings(settings, folders, clip_stride), cache_dir)
     try:
         with checkpoints.lock(folder, lambda: print("waiting for another process with the same images", flush=True)):
             cache = image_cache.Cache(folder, image_size * image_size * channels)
-            gone = [path for path in cache.row if path not in files]
+            gone = [path for path in cache.row if path not in found]
             todo = [path for path, state in files.items() if cache.state(path) != state]
             if todo:
                 image_cache.check_disk(cache, files, todo, cache_dir)
-                skipped += image_cache.scan(root, cache, files, todo, settings, workers, progress)
+                skipped += image_cache.scan(root, cache, files, todo, settings, workers, progress, videos, clip_stride)
             known = [path for path, state in files.items() if cache.state(path) == state]
+            if of_clip is not None:    # the frames of usable clips first, one clip after the other
+                of_clip, skipped = clips.usable(of_clip, videos, cache, skipped)
+                frames = dict.fromkeys(path for paths in of_clip.values() for path in paths)
+                known = [*frames, *(path for path in known if path not in frames)]
             if not cache.in_order(known):
                 cache.sort(known)
-            paths = [path for path in known if path in cache.row]
-            shape = (len(paths), image_size, image_size, channels)
+            paths = [path for path in (known if of_clip is None else frames) if path in cache.row]
+            shape = (sum(map(cache.frames, paths)), image_size, image_size, channels)
             images = np.memmap(cache.pixel_file, np.uint8, "r", shape=shape) if paths else None
     except OSError as error:
         error.filename = error.filename or folder    # a full disk does not name the file
         raise
-    skipped = sorted(skipped + [(path, cache.lines[path][5]) for path in known if path not in cache.row])
+    if of_clip is None:
+        skipped += [(path, cache.reason(path)) for path in known if path not in cache.row]
+    skipped.sort()
     if not paths:
-        raise InputError(f"{printable(root)}: none of {counted(len(skipped), 'image')} can be used; the first is "
-                         f"{printable(skipped[0][0])}: {skipped[0][1]}")
-    keys = [cache.key(path) for path in paths]
-    train, held_out = split(keys, held_out_share)
+        path, reason = next((item for item in skipped if item[1] == clips.PYAV_MISSING), skipped[0])
+        raise InputError(f"{printable(root)}: none of {counted(len(skipped), 'image' if of_clip is None else 'clip')} "
+                         f"can be used; the first is {printable(path)}: {reason}"
+                         + (f". {clips.DEFINITION}" if of_clip is not None else ""))
     peaks = [peak for path in paths if (peak := cache.lines[path][6]) is not None]
-    return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone, peaks))
+    if of_clip is None:
+        keys = [cache.key(path) for path in paths]
+        train, held_out = split(keys, held_out_share)
+        return ImageSet(images, paths, train, held_out, skipped, _warnings(images, keys, gone, peaks))
+    paths, keys, counts = clips.frame_table(of_clip, videos, cache, clip_stride)
+    train_clips, held_out_clips = clips.split(keys, held_out_share)
+    is_held_out = np.repeat(np.isin(np.arange(len(keys)), held_out_clips), counts)
+    return ImageSet(images, paths, np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out), skipped,
+                    _warnings(images, keys, gone, peaks, "clip"), clip_offsets=np.cumsum([0, *counts], dtype=np.int64),
+                    clip_names=list(of_clip), train_clips=train_clips, held_out_clips=held_out_clips)
 
 
-def _warnings(images, keys, gone, peaks):
-    """Returns a line for files that are gone since the last start, for few different images, for plain images, and for
-    16-bit or float images whose values, `peaks` as shares of the full range, are all small."""
+def _cache_settings(settings, folders, clip_stride):
+    return settings if folders == "ignore" else (*settings, folders, clip_stride)
+
+
+def _warnings(images, keys, gone, peaks, noun="image"):
+    """Returns a line for files that are gone since the last start, for few different images or clips, for plain images,
+    and for 16-bit or float images whose values, `peaks` as shares of the full range, are all small."""
     lines, different = [], len(set(keys))
     if gone:
         names = ", ".join(map(printable, gone[:3])) + (" and others" if len(gone) > 3 else "")
-        lines.append(f"{counted(len(gone), 'image')} of the last start not found: {names}. Is a disk not mounted?")
+        files = counted(len(gone), "image" if noun == "image" else "file")
+        lines.append(f"{files} of the last start not found: {names}. Is a disk not mounted?")
     if different < FEW:
-        files = f", in {counted(len(keys), 'file')}" if len(keys) > different else ""
-        lines.append(f"only {counted(different, 'different image')}{files}: a model can only copy so few")
+        files = f", in {counted(len(keys), 'file' if noun == 'image' else noun)}" if len(keys) > different else ""
+        lines.append(f"only {counted(different, f'different {noun}')}{files}: a model can only copy so few")
     sample = read_images(images, np.linspace(0, len(images) - 1, min(len(images), PLAIN_SAMPLE)).astype(int))
     plain = int((np.ptp(sample.reshape(len(sample), -1, images.shape[3]), axis=1) == 0).all(axis=1).sum())
     if plain > len(sample) * PLAIN_SHARE:
@@ -189,17 +228,18 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
     """Calls load_images with a run's constants; prints the warnings, how many files cannot be used, and the first ten.
     The cache is in RUNS_DIR, unless cache_dir is given."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, cache_dir or os.path.join(c.RUNS_DIR, CACHE), c.BACKGROUND,
-                            c.NUM_WORKERS, c.HELD_OUT_SHARE, leave_out=c.RUNS_DIR)
+                            c.NUM_WORKERS, c.HELD_OUT_SHARE, c.RUNS_DIR, folders=c.FOLDERS, clip_stride=c.CLIP_STRIDE)
+    noun = "file" if image_set.clip_offsets is None else "clip"
     for line in image_set.warnings:
         print(f"warning: {line}")
-    for reason in UNSUPPORTED:
+    for reason in clips.UNSUPPORTED:
         if count := sum(reason == other for _, other in image_set.skipped):
-            print(f"{counted(count, 'file')} cannot be used: {reason}")
-    skipped = [(path, reason) for path, reason in image_set.skipped if reason not in UNSUPPORTED]
+            print(f"{counted(count, noun)} cannot be used: {reason}")
+    skipped = [(path, reason) for path, reason in image_set.skipped if reason not in clips.UNSUPPORTED]
     count = len(skipped)
     lines = [f"  {printable(path)}: {reason}" for path, reason in skipped[:10]]
     if skipped:
-        print(f"{counted(count, 'file')} cannot be used:", *lines, sep="\n")
+        print(f"{counted(count, noun)} cannot be used:", *lines, sep="\n")
     if count > 10:
         print(f"  and {count - 10:,} more")
     if not features.check("littlecms2"):
@@ -209,12 +249,14 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
 
 def file_sizes(root: PathLike, c) -> dict[str, int]:
     """Returns {relative path: size} of a run's image files. Raises InputError as find_files."""
-    return {path: size for path, (size, *_) in find_files(root, c.RUNS_DIR)[0].items()}
+    found = find_files(root, c.RUNS_DIR, c.FOLDERS == "clips")
+    files = clips.find_clips(root, *found, c.CLIP_STRIDE)[2] if c.FOLDERS == "clips" else found[0]
+    return {path: size for path, (size, *_) in files.items()}
 
 
 def cached_sizes(root: PathLike, c) -> dict[str, int] | None:
     """Returns file_sizes as the cache of RUNS_DIR knows them, also if root is gone; None if there is no such cache."""
-    settings = (c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND)
+    settings = _cache_settings((c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND), c.FOLDERS, c.CLIP_STRIDE)
     folder = image_cache.cache_folder(root, settings, os.path.join(c.RUNS_DIR, CACHE))
     try:
         lines = Path(folder, "index.jsonl").read_bytes().split(b"\n")[1:-1]
@@ -240,7 +282,7 @@ def cache_elsewhere(folder: str | None) -> str:
 
 
 def write_skipped(image_set: ImageSet, file: PathLike) -> None:
-    """Writes one line for every file that cannot be used: its path and the reason."""
+    """Writes one line for every file or clip that cannot be used: its path and the reason."""
     with checkpoints.atomic_write(file) as out:
         out.writelines(f"{printable(path)}: {reason}\n".encode() for path, reason in image_set.skipped)
 

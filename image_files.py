@@ -37,12 +37,15 @@ UNSUPPORTED = (HEIF_MISSING, JXL_UNSUPPORTED)    # reasons that concern all file
 _T = Image.Transpose
 TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270,
              7: _T.TRANSVERSE, 8: _T.ROTATE_90}    # EXIF orientation -> what makes the picture upright
+TURNED = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))    # width and height change places
 
 
 class Decoded(NamedTuple):
     """One decoded file: (H, W, C) uint8 and a hash of it as a number in [0, 1), or the reason why there are none.
 
     peak: the largest value of a 16-bit or float image as a share of the full range, 0 to 1; None for other images.
+    shape: frames, width and height of the file before the crop. Of a video, clips.decode_video writes the pixels to a
+    file, and the key is that of all its frames.
     """
 
     pixels: np.ndarray | None = None
@@ -50,6 +53,7 @@ class Decoded(NamedTuple):
     reason: str | None = None
     retry: bool = False    # the reason may pass: the next start tries again
     peak: float | None = None
+    shape: tuple[int, int, int] | None = None
 
 
 # ------------------------------------------------------------------------------------- colours
@@ -129,7 +133,14 @@ def _apply_icc(transform, picture):
     return transform.apply(picture.getchannel(0) if mode == "L" else picture.convert(mode))
 
 
-def _conversion(picture, path) -> Callable | None:
+def by_code_points(primaries: int, transfer: int) -> Callable | None:
+    """Returns a function that converts a picture with these code points of H.273 to sRGB; None if it is close to it."""
+    if primaries in TO_SRGB or transfer in (LINEAR, PQ, HLG):
+        return functools.partial(_from_code_points, primaries, transfer)
+    return None
+
+
+def conversion_to_srgb(picture: Image.Image, path: str | os.PathLike) -> Callable | None:
     """Returns a function that converts a picture of this file to sRGB and drops alpha; None if it is in sRGB."""
     info, head = picture.info, b""
     if picture.format in ("PNG", "AVIF", "JPEG2000") and not info.get("icc_profile"):
@@ -148,8 +159,8 @@ def _conversion(picture, path) -> Callable | None:
     primaries, transfer = int(nclx.get("color_primaries", 2)), int(nclx.get("transfer_characteristics", 2))
     if found := re.search(pattern, head.partition(b"IDAT")[0] if picture.format == "PNG" else head, re.DOTALL):
         primaries, transfer = found[1][0], found[2][0]
-    if primaries in TO_SRGB or transfer in (LINEAR, PQ, HLG):
-        return functools.partial(_from_code_points, primaries, transfer)
+    if conversion := by_code_points(primaries, transfer):
+        return conversion
     gamma = info.get("gamma", 0) if picture.format == "PNG" and "srgb" not in info else 0
     if 0.1 < gamma < 10 and abs(2.2 * gamma - 1) > 0.05:    # within 5% of 1 / 2.2 sRGB is meant
         return functools.partial(_from_gamma, gamma)
@@ -158,7 +169,7 @@ def _conversion(picture, path) -> Callable | None:
 
 # ------------------------------------------------------------------------------------- one file
 
-def _check_size(width, height, file_bytes):
+def check_size(width: int, height: int, file_bytes: int) -> None:
     """Raises ValueError for more pixels than a file of this size may claim."""
     limit = PIXELS_ALWAYS + PIXELS_PER_BYTE * file_bytes
     if width * height > limit:
@@ -179,11 +190,36 @@ def _webp_size(start):
     return number(start[26:28]) % 2 ** 14, number(start[28:30]) % 2 ** 14
 
 
+def check_file(path: str | os.PathLike) -> int:
+    """Returns the size of a file in bytes. Raises ValueError if it is empty or no regular file."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")    # opening a pipe would wait for ever
+    if status.st_size == 0:
+        raise ValueError("empty file")
+    return status.st_size
+
+
+def open_picture(path: str | os.PathLike) -> Image.Image:
+    """Opens a file in one of the FORMATS and checks its size. Registers pillow-heif at the first file that needs it.
+
+    Raises ValueError, or whatever Pillow raises.
+    """
+    file_bytes = check_file(path)
+    Image.init()    # registers the formats that this Pillow was built with
+    picture = _open(path, file_bytes)
+    try:
+        check_size(*picture.size, file_bytes)
+    except ValueError:
+        picture.close()
+        raise
+    return picture
+
+
 def _open(path, file_bytes):
-    """Opens a file in one of the FORMATS. Registers pillow-heif at the first file that needs it."""
     with open(path, "rb") as file:
         start = file.read(30)
-    _check_size(*_webp_size(start), file_bytes)
+    check_size(*_webp_size(start), file_bytes)
     try:
         return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
@@ -218,35 +254,26 @@ def _eight_bit(picture):
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB"), None
 
 
-def _pixels(path, settings):
-    """Returns one file as (H, W, C) uint8: upright, short side resized to image_size, centre crop; and its peak.
+def orientation(picture: Image.Image) -> Image.Transpose | None:
+    """Returns what makes the picture upright by its EXIF data, or None."""
+    with contextlib.suppress(Exception):    # damaged EXIF data raises many errors, while the picture is fine
+        return TRANSPOSE.get(picture.getexif().get(0x0112))
 
-    Transparent parts show the grey level `background`. Raises ValueError, or whatever Pillow raises.
+
+def to_pixels(picture: Image.Image, settings: tuple[int, int, int], conversion: Callable | None = None,
+              transpose: Image.Transpose | None = None, deep: bool = False) -> tuple[np.ndarray, float | None]:
+    """Returns a loaded picture as (H, W, C) uint8: upright, short side resized to image_size, centre crop; its peak.
+
+    Transparent parts show the grey level `background`. deep: the file has 16 bits per value, and Pillow kept 8.
     """
     image_size, channels, background = settings
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")    # opening a pipe would wait for ever
-    if status.st_size == 0:
-        raise ValueError("empty file")
-    Image.init()    # registers the formats that this Pillow was built with
-    with _open(path, status.st_size) as picture:
-        _check_size(*picture.size, status.st_size)
-        conversion = _conversion(picture, path)
-        deep = ";16" in str([tile[3] for tile in picture.tile])    # Pillow keeps 8 of the 16 bits of colour images
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.
-        picture.draft("L" if channels == 1 and conversion is None else "RGB", (2 * image_size, 2 * image_size))
-        picture.load()    # Pillow turns TIFF files upright here
-        transpose = None
-        with contextlib.suppress(Exception):    # damaged EXIF data raises many errors, while the picture is fine
-            transpose = TRANSPOSE.get(picture.getexif().get(0x0112))
-        if picture.mode == "CMYK" and conversion is not None:
-            whole, peak = picture, None    # the profile needs all four channels
-        else:
-            whole, peak = _eight_bit(picture)
-        if deep and peak is None:
-            peak = max(high for _, high in whole.convert("RGB").getextrema()) / 255
-        small = ImageOps.fit(whole, (image_size, image_size), Image.Resampling.BICUBIC)
+    if picture.mode == "CMYK" and conversion is not None:
+        whole, peak = picture, None    # the profile needs all four channels
+    else:
+        whole, peak = _eight_bit(picture)
+    if deep and peak is None:
+        peak = max(high for _, high in whole.convert("RGB").getextrema()) / 255
+    small = ImageOps.fit(whole, (image_size, image_size), Image.Resampling.BICUBIC)
     alpha = small.getchannel("A") if small.mode == "RGBA" else None
     if conversion is not None:
         small = conversion(small)
@@ -260,24 +287,49 @@ def _pixels(path, settings):
     return np.array(small).reshape(image_size, image_size, channels), peak
 
 
+def _decode(path, settings):
+    """Returns the pixels of one file, their peak, and (1, width, height) of the upright picture."""
+    image_size, channels, _ = settings
+    with open_picture(path) as picture:
+        width, height = picture.size
+        conversion = conversion_to_srgb(picture, path)
+        deep = ";16" in str([tile[3] for tile in picture.tile])    # Pillow keeps 8 of the 16 bits of colour images
+        # A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at least at twice the size that is needed.
+        picture.draft("L" if channels == 1 and conversion is None else "RGB", (2 * image_size, 2 * image_size))
+        picture.load()    # Pillow turns TIFF files upright here
+        transpose = orientation(picture)
+        pixels, peak = to_pixels(picture, settings, conversion, transpose, deep)
+    return pixels, peak, (1, height, width) if transpose in TURNED else (1, width, height)
+
+
+def key_of(content: bytes) -> float:
+    """Returns a hash of the content as a number in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest()[:8], "big") / 2 ** 64
+
+
+def failure(error: Exception) -> Decoded:
+    """Returns Decoded with a short reason, without the path, for an error of a decoder."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return Decoded(reason="not an image in a known format")
+    if isinstance(error, ImportError):            # a package may be installed before the next start
+        return Decoded(reason=str(error), retry=True)
+    if isinstance(error, MemoryError):
+        return Decoded(reason="not enough memory to decode it", retry=True)
+    if isinstance(error, OSError) and error.errno is not None:
+        return Decoded(reason=reason_of(error), retry=True)
+    text = getattr(error, "strerror", None) or str(error)    # PyAV's messages name the path, strerror does not
+    return Decoded(reason=" ".join(text.split())[:120] or type(error).__name__)
+
+
 def decode(path: str | os.PathLike, settings: tuple[int, int, int]) -> Decoded:
     """Returns Decoded for one file, with a short reason without the path if it cannot be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")    # Pillow warns about odd metadata and about large pictures
-            pixels, peak = _pixels(path, settings)
-    except Image.UnidentifiedImageError:
-        return Decoded(reason="not an image in a known format")
-    except ImportError as error:                  # a package may be installed before the next start
-        return Decoded(reason=str(error), retry=True)
-    except MemoryError:
-        return Decoded(reason="not enough memory to decode it", retry=True)
+            pixels, peak, shape = _decode(path, settings)
     except Exception as error:    # a damaged file can make a decoder raise anything; the scan goes on
-        if isinstance(error, OSError) and error.errno is not None:
-            return Decoded(reason=reason_of(error), retry=True)
-        return Decoded(reason=" ".join(str(error).split())[:120] or type(error).__name__)
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-    return Decoded(pixels, int.from_bytes(digest[:8], "big") / 2 ** 64, peak=peak)
+        return failure(error)
+    return Decoded(pixels, key_of(pixels.tobytes()), peak=peak, shape=shape)
 
 
 def counted(number: int, noun: str) -> str:
