@@ -204,14 +204,19 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
         return sum(p.numel() for module in modules for p in module.parameters())
 
     encoder, transformer = count(vae.encoder, vae.to_mu, vae.to_logvar), count(layer.transformer, layer.to_s)
+    motion = count(layer.dynamics) if layer.dynamics else 0
     for part, parameters in (
             ("encoder", encoder), ("decoder", count(vae) - encoder),
-            ("video and patch tokens", count(layer) - transformer), ("Transformer and alpha head", transformer),
-            ("critic", count(state.critic))):
+            ("video and patch tokens", count(layer) - transformer - motion),
+            ("Transformer and alpha head", transformer),
+            *([("code tokens and Delta head", motion)] if motion else []), ("critic", count(state.critic))):
         print(f"{part:28}{parameters:12,} parameters")
     processes = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
-    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device {state.device}"
-          f"{processes}")
+    clips = ""
+    if image_set.clip_offsets is not None:
+        clips = f" in {len(image_set.train_clips):,} and {len(image_set.held_out_clips):,} clips"
+    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out{clips}; device "
+          f"{state.device}{processes}")
 
 
 # ------------------------------------------------------------------------------------- sample sheets
