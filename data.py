@@ -197,7 +197,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
 
 
 def _cache_settings(settings, folders, clip_stride):
-    return settings if folders == "ignore" else (*settings, folders, clip_stride)
+    return (*settings, folders, clip_stride) if folders == "clips" else settings
 
 
 def _warnings(images, keys, gone, peaks, noun="image"):

@@ -330,11 +330,11 @@ def test_only_new_and_changed_files_are_decoded_again(tmp_path, decoded):
     write_frames(f"{root}/a", (7, 8, 9))                              # a clip in front of the others,
     write_video(f"{root}/v.webp", (GREY, BLUE, RED, GREEN, RED))      # a video with other frames,
     write_frames(f"{root}/b", (5,), names=["1b"], size=(8, 8))        # a clip that can no longer be used,
-    shutil.rmtree(f"{root}/c")                                        # one that is gone
+    os.remove(f"{root}/c/2.png")                                      # one that is too short now
     images = load(root, tmp_path)
     assert sorted(decoded) == ["0.png", "1.png", "1b.png", "2.png", "v.webp"]
     assert images.clip_names == ["a", "v.webp", "w.webp"]
-    assert images.warnings[0].startswith("3 files of the last start not found: c/0.png, c/1.png, c/2.png.")
+    assert images.warnings[0].startswith("1 file of the last start not found: c/2.png.")
     decoded.clear()
     pixel_file = next(cache_folder(tmp_path).glob("*.u8"))
     assert_as_fresh(load(root, tmp_path), root, tmp_path)
@@ -343,6 +343,14 @@ def test_only_new_and_changed_files_are_decoded_again(tmp_path, decoded):
     os.remove(f"{root}/b/1b.png")
     decoded.clear()
     assert load(root, tmp_path).clip_names == ["a", "b", "v.webp", "w.webp"] and decoded == []    # b was kept
+
+
+def test_a_frame_that_has_another_size_and_the_same_pixels_is_noticed(tmp_path):
+    root = write_frames(tmp_path / "data", (1, 2, 3))
+    load(root, tmp_path)
+    write_frames(root, (2,), names="1", size=(32, 32))
+    with pytest.raises(InputError, match=r"frames of different sizes: 24 x 16, and frame 1\.png has 32 x 32"):
+        load(root, tmp_path)
 
 
 def test_the_files_of_a_moved_folder_are_known_from_the_cache(tmp_path):
@@ -389,6 +397,16 @@ def test_one_frame_of_a_video_is_in_memory_at_a_time(tmp_path):
         tracemalloc.stop()
     assert decoded.shape == (200, 32, 32)
     assert np.array_equal(np.fromfile(tmp_path / "pixels", np.uint8).reshape(200, 64, 64, 3)[:, 9, 9], levels)
+
+
+def test_the_part_of_a_video_is_deleted_when_it_is_in_the_cache(tmp_path, monkeypatch):
+    left, append = [], image_cache.Cache.append
+    monkeypatch.setattr(image_cache, "SAVE_EVERY", 1)
+    monkeypatch.setattr(image_cache.Cache, "append", lambda cache, batch: (
+        append(cache, batch), left.append(len(list(cache.folder.glob(image_cache.PARTS))))))
+    for name in "abc":
+        write_video(tmp_path / f"data/{name}.webp", (RED, GREEN, BLUE))
+    assert len(load(tmp_path / "data", tmp_path).images) == 9 and left == [0] * 4
 
 
 def test_a_full_disk_is_no_fault_of_the_video(tmp_path, monkeypatch):
@@ -475,11 +493,19 @@ def test_several_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert_as_fresh(load(root, tmp_path, workers=2), root, tmp_path)
 
 
-def test_a_video_is_a_task_of_its_own():
+def test_a_video_is_a_task_of_its_own_and_two_are_worth_processes(monkeypatch):
+    def started(*_):
+        raise RuntimeError("processes")
+
     files = [(str(number), "part" if number in (3, 4, 40) else None) for number in range(50)]
     chunks = image_cache._chunks(files)
     assert [file for chunk in chunks for file in chunk] == files
     assert [len(chunk) for chunk in chunks] == [3, 1, 1, 16, 16, 3, 1, 9]
+    monkeypatch.setattr(image_cache, "ProcessPoolExecutor", started)
+    monkeypatch.setattr(image_cache, "_decode_files", lambda *_: ["decoded"])
+    assert next(image_cache._decode_all([("a", "part"), ("b", None)], (SIZE, 3, 255), 1, workers=1)) == "decoded"
+    with pytest.raises(RuntimeError, match="processes"):
+        next(image_cache._decode_all([("a", "part"), ("b", "part")], (SIZE, 3, 255), 1, workers=1))
 
 
 # ------------------------------------------------------------------------------------- split
