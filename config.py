@@ -59,7 +59,7 @@ MOTION_BATCH = 32           # windows of NUM_FRAMES - 1 frames per update of sta
 MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on
 COLD_SHARE = 0.4            # share of the windows that start still, as generated videos do: copies of one frame
 LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted codes
-LAMBDA_FRAME = 30.0         # weight of the mean absolute error of a rendered frame, larger where it moves
+LAMBDA_FRAME = 50.0         # weight of the mean absolute error of a rendered frame, larger where it moves
 LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts
 
 # ------------------------------------------------------------------------------------- optimisation

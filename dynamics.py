@@ -25,6 +25,7 @@ WARM_UP = 100                  # updates in which the learning rate rises ...
 FALLS_FROM, LOWEST = 0.5, 0.02 # ... and the share of stage 2 from which it falls, linearly, to this share of it
 RENDERED_EVERY = 2             # one frame of every 2nd window is rendered
 CHUNK = 64                     # frames that are encoded at once
+SMALLEST_CHANGE = 1e-3         # of a dimension of the codes, where nothing moves
 AHEAD = (1, 4, 8)              # frames ahead at which predictions are measured
 MEASURED_CLIPS = 32            # at most
 STARTS = 3                     # windows per measured clip
@@ -59,10 +60,14 @@ def learning_rate(state, c) -> float:
 
 def begin(state, image_set: data.ImageSet) -> None:
     """Starts stage 2, also after a resume: the VAE takes its averaged weights, which then no longer change, and all
-    frames are encoded once."""
+    frames are encoded once. The unit of changes is found."""
     vae = state.generator.vae
     vae.load_state_dict(state.ema.vae.state_dict())
-    state.codes = encode_frames(vae, image_set, state.device)
+    state.codes = mu, _ = encode_frames(vae, image_set, state.device)
+    later = np.setdiff1d(image_set.train, image_set.clip_offsets)             # all frames but the first of each clip
+    change = (mu[later] - mu[later - 1]).square().mean(0).sqrt().clamp_min(SMALLEST_CHANGE)
+    for generator in (state.generator, state.ema):
+        generator.layer.dynamics.change.copy_(change)
 
 
 @torch.no_grad()
@@ -184,7 +189,8 @@ def motion_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     if state.codes is None:
         begin(state, image_set)
     state.set_rate(state.motion_optimizer.param_groups[0], learning_rate(state, c))
-    return training_step.take_step(state, c, update_motion, [draw_batch(state, c, image_set)], c.MOTION_BATCH)
+    return training_step.take_step(state, c, update_motion, [draw_batch(state, c, image_set)], c.MOTION_BATCH,
+                                   since=1000 * c.VAE_KIMG)
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -227,7 +233,7 @@ def measure(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tens
         return {}
 
     def shown(z):
-        return torch.cat([generator.layer.displayed(generator.vae.decode(part)) for part in z.split(CHUNK)])
+        return torch.cat([generator(part) for part in z.split(CHUNK)])
 
     live, frozen = unrolled(generator, window, LONG), unrolled(generator, window, max(AHEAD), frozen=True)
     copy, found = shown(window.codes[:, 0]), {}

@@ -83,8 +83,8 @@ def generator_loss(fake_score: Tensor, reconstruction: Tensor, kl: Tensor, eleme
 def motion_weighted_error(image: Tensor, target: Tensor, others: Tensor) -> Tensor:
     """Mean absolute error of frames (B, C, H, W), both in [-1, 1], each pixel weighted by 1 + 8 |target - mean|, which
     is large where something moves: the plain error loses small objects. The mean is that of the clip's frames, target
-    and others (B, P*C, H, W) in [-1, 1]."""
+    and others (B, P*C, H, W) in [-1, 1]. The weights of each frame are divided by their mean."""
     channels = target.shape[1]
     mean = torch.cat([target, others], dim=1).unflatten(1, (-1, channels)).mean(1)
     weight = 1 + 8 * (target - mean).abs().mean(1, keepdim=True)
-    return (weight * (image - target).abs()).mean()
+    return (weight / weight.mean((1, 2, 3), keepdim=True) * (image - target).abs()).mean()

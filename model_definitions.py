@@ -425,16 +425,20 @@ class Window(NamedTuple):
 
 class Dynamics(nn.Module):
     """The parts of TransformerParamTanh that learn motion: tokens of the codes and of v, the Delta head, and the motion
-    posterior, which only training uses. frames: P; dim: of a token."""
+    posterior, which only training uses. frames: P; dim: of a token.
+
+    Differences between codes are measured in units of `change`, their standard deviation from frame to frame, which
+    stage 2 finds in the data. Without it, the noise of Adam's first steps was larger than any motion.
+    """
 
     HIDDEN = 256
-    CHANGE_SCALE = 4                # codes of neighbouring frames differ by a fraction of their size
     LOGVAR = (-8.0, 4.0)            # range of v's log variance
 
     def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
         super().__init__()
         self.of_code, self.of_change = nn.Linear(latent_dim, dim), nn.Linear(latent_dim, dim)
         self.of_v = nn.Linear(motion_dim, dim)
+        self.register_buffer("change", torch.ones(latent_dim))
         self.positions = nn.Parameter(0.3 * torch.randn(1, frames, dim))
         self.to_hidden = nn.Linear(frames * dim + 3 * latent_dim + motion_dim, self.HIDDEN)
         self.to_delta = nn.Linear(self.HIDDEN, latent_dim)
@@ -445,7 +449,7 @@ class Dynamics(nn.Module):
     def tokens(self, window: Window) -> Tensor:
         """Returns one token per earlier frame, and that of v: (B, P + 1, D)."""
         codes = window.codes
-        changes = self.CHANGE_SCALE * F.pad(codes[:, :-1] - codes[:, 1:], (0, 0, 0, 1))       # the oldest has none
+        changes = F.pad((codes[:, :-1] - codes[:, 1:]) / self.change, (0, 0, 0, 1))           # the oldest has none
         return torch.cat([self.of_code(codes) + self.of_change(changes) + self.positions,
                           self.of_v(window.v)[:, None]], dim=1)
 
@@ -454,13 +458,13 @@ class Dynamics(nn.Module):
         newest, anchor = window.codes[:, 0], window.anchor
         with full_precision(newest):
             known = torch.cat([outputs.flatten(1).to(newest.dtype), newest, window.v, anchor, anchor - newest], dim=1)
-            return self.to_delta(F.relu(self.to_hidden(known)))
+            return self.change * self.to_delta(F.relu(self.to_hidden(known)))
 
     def posterior(self, before: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """q(v | mu_{t-1}, mu_t, mu_{t+1}), each (B, LATENT_DIM) -> mean and logvar of v, (B, MOTION_DIM)."""
         with full_precision(now):
-            mean, logvar = self.to_posterior(torch.cat([before, self.CHANGE_SCALE * (now - before),
-                                                        self.CHANGE_SCALE * (after - now)], dim=1)).chunk(2, dim=1)
+            mean, logvar = self.to_posterior(torch.cat([before, (now - before) / self.change,
+                                                        (after - now) / self.change], dim=1)).chunk(2, dim=1)
         return mean, logvar.clamp(*self.LOGVAR)
 
 

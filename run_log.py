@@ -99,6 +99,8 @@ HEALTHY = (
           advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
                  "--learning-rate, a new run with another --seed, or look at the images in DATA"),
     Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion."),
+    Value("motion_loss", "Motion loss", "Clips, stage 2: the sum of the next three values with their weights. It rises "
+          "when more frames are unrolled."),
     Value("code_error", "Error of codes", "Clips, stage 2: mean absolute difference between the predicted codes of the "
           "unrolled frames and mu of the real ones.", trend="falling", bar="code"),
     Value("frame_error", "Error of frames", "Clips, stage 2: mean absolute difference between a rendered frame and the "

@@ -20,6 +20,7 @@ import losses
 import update
 from model_definitions import Changes, Generator
 
+CLIP_SAMPLE = 6                # frames of a clip from which it is known where an image of it moves
 WALK_POINTS = 3                # images on the walk of a feedback update; each one fills several frames of the video
 WALK_LENGTH = 0.5              # largest length of the walk, as a share of the arc from z to another point
 
@@ -51,6 +52,7 @@ class Batch:
     e: Tensor                                 # (B,) in [0, 1), for x_hat
     changes: Changes                          # of the synthetic video, for the whole batch
     walk: Walk | None = None                  # in feedback updates
+    others: Tensor | None = None              # (B, K*C, H, W) in [-1, 1]: K frames of each image's clip
     first: int = 0                            # position of the first image in the batch of BATCH_SIZE
     shared: bool = False                      # both updates use one pass of the generator
     generated: Generated | None = None        # that pass
@@ -63,11 +65,13 @@ class Batch:
         return [Batch(part(self.real, start), part(self.z, start), part(self.posterior_noise, start),
                       part(self.e, start), self.changes,
                       self.walk and Walk(part(self.walk.origin, start), part(self.walk.share, start)),
-                      first=self.first + start) for start in range(0, len(self.real), size)]
+                      None if self.others is None else part(self.others, start), self.first + start)
+                for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor that is drawn."""
-        return [self.real, self.z, self.posterior_noise, self.e, *self.changes, *(self.walk or ())]
+        return [self.real, self.z, self.posterior_noise, self.e, *self.changes, *(self.walk or ()),
+                *([] if self.others is None else [self.others])]
 
     @property
     def kind(self) -> bool:
@@ -87,22 +91,30 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     if c.NUM_FRAMES > 1 and torch.rand((), generator=rng) < c.FEEDBACK_PROB:
         walk = Walk(*(to_device(tensor[mine], state.device) for tensor in (
             torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=rng), torch.rand(c.BATCH_SIZE, 1, generator=rng))))
-    return Batch(real_images(state, c, image_set, critic_update),
+    real, others = real_images(state, c, image_set, critic_update)
+    return Batch(real,
                  draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.rand, "between", c.BATCH_SIZE),
-                 Changes(*(to_device(tensor, state.device) for tensor in changes)), walk, mine.start)
+                 Changes(*(to_device(tensor, state.device) for tensor in changes)), walk, others, mine.start)
 
 
-def real_images(state, c, image_set: data.ImageSet, critic_update: int) -> Tensor:
-    """Returns this rank's real images of a critic update, (B, C, H, W) in [-1, 1]."""
+def real_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[Tensor, Tensor | None]:
+    """Returns this rank's real images of a critic update, (B, C, H, W) in [-1, 1], and Batch.others of clips."""
     mine = state.ranks.slice_of(c.BATCH_SIZE)
     position = (state.counters["step"] * c.N_CRITIC + critic_update) * c.BATCH_SIZE
     rows = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "flip", critic_update)).numpy()[mine] < 0.5
-    return read_images(image_set, rows, state.device, flips)
+    real = read_images(image_set, rows, state.device, flips)
+    if image_set.clip_offsets is None:
+        return real, None
+    clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
+    first, end = image_set.clip_offsets[clips], image_set.clip_offsets[clips + 1]
+    spread = first[:, None] + (end - first)[:, None] * (2 * np.arange(CLIP_SAMPLE) + 1) // (2 * CLIP_SAMPLE)
+    flips = None if flips is None else flips.repeat(CLIP_SAMPLE)
+    return real, read_images(image_set, spread.flatten(), state.device, flips).unflatten(0, spread.shape).flatten(1, 2)
 
 
 def read_images(image_set: data.ImageSet, rows: np.ndarray, device: torch.device,
@@ -186,7 +198,10 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
         batch.generated = generate(state.generator, batch)
     fake, reconstructed, alpha, mu, logvar = batch.generated
     reconstruction, kl = losses.reconstruction_loss(reconstructed, batch.real), losses.kl_divergence(mu, logvar)
-    yield (losses.generator_loss(state.critic(fake), reconstruction, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
+    error = reconstruction
+    if batch.others is not None:                 # of clips: what moves counts more
+        error = losses.motion_weighted_error(reconstructed, batch.real, batch.others)
+    yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             "alpha_mean": alpha.mean(), "alpha_min": alpha.min(), "alpha_max": alpha.max(),
             "alpha_spread": mean_deviation(alpha.detach().flatten(1), 1)})
@@ -221,10 +236,11 @@ def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     return take_step(state, c, apply_updates, batches, c.BATCH_SIZE)
 
 
-def take_step(state, c, updates: Callable, batches: list, images: int) -> dict[str, Tensor]:
-    """Applies updates(state, c, batches), of `images` images, as one step. Returns as training_step."""
+def take_step(state, c, updates: Callable, batches: list, images: int, since: float = 0) -> dict[str, Tensor]:
+    """Applies updates(state, c, batches), of `images` images, as one step. Returns as training_step. since: images seen
+    from which on the weights are averaged."""
     state.counters["images_seen"] += images
-    state.ema_weight.fill_(update.ema_weight(c, images, state.counters["images_seen"]))
+    state.ema_weight.fill_(update.ema_weight(c, images, state.counters["images_seen"] - since))
     values = update.run_recorded(functools.partial(step_on_device, updates), state, c, batches)
     state.counters["step"] += 1
     update.wait_for_the_step_before(state)

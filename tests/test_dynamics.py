@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, error_line, lines
 
+import checkpoints
 import command_line
 import data
+import demo_images
 import dynamics
 import losses
+import run_log
 import run_state
+import training
 import training_step
 from distributed import Ranks
-from model_definitions import Window
+from model_definitions import Window, load_generator
 
 LENGTHS = (3, 9, 30, 30, 40)                 # frames of the clips; the last one is held out
 PAST = 3                                     # earlier frames of a window: NUM_FRAMES - 1
@@ -226,6 +230,10 @@ def test_stage_2_begins_with_the_averaged_vae(start):
     dynamics.motion_step(state, c, clips)
     for one, other in zip(state.generator.vae.parameters(), state.ema.vae.parameters()):
         assert torch.equal(one, other)
+    changes = [state.codes[0][i + 1:j] - state.codes[0][i:j - 1]
+               for i, j in zip(clips.clip_offsets[:4], clips.clip_offsets[1:])]                # not of the one held out
+    for generator in (state.generator, state.ema):
+        torch.testing.assert_close(generator.layer.dynamics.change, torch.cat(changes).square().mean(0).sqrt())
     image = data.to_image(torch.from_numpy(clips.images[70:72]).permute(0, 3, 1, 2))
     with torch.no_grad():
         torch.testing.assert_close(state.codes[0][70:72], state.ema.vae.encode(image)[0], rtol=1e-4, atol=1e-5)
@@ -277,6 +285,96 @@ def test_strips_hold_real_frames_their_continuation_and_videos_from_noise(start)
     assert len(rows) == 2 + 4 and all(row.shape == (16, 3, 32, 32) for row in rows)      # one clip is held out
     frames = torch.from_numpy(clips.images[72 + PAST:]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(rows[0], frames[:32:2])
+
+
+# ------------------------------------------------------------------------------------- stage 1
+
+def test_images_of_clips_come_with_frames_of_their_clip(start):
+    state, c, clips = start("--flip")
+    state.counters["images_seen"] = 0
+    found, flipped = set(), set()
+    for step in range(4):
+        state.counters["step"] = step
+        batch = training_step.draw_batch(state, c, clips, 0)
+        assert batch.others.shape == (4, 3 * training_step.CLIP_SAMPLE, 32, 32)
+        pixels = torch.cat([batch.real, batch.others], 1).unflatten(1, (-1, 3))
+        pixels = ((pixels + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
+        for frames in pixels:
+            rows = [np.flatnonzero((clips.images == frame).all((1, 2, 3))) for frame in frames]
+            flipped.add(not len(rows[0]))
+            if not len(rows[0]):                             # mirrored, and the others with it
+                rows = [np.flatnonzero((clips.images == frame[:, ::-1]).all((1, 2, 3))) for frame in frames]
+            (first,), *others = (row.tolist() for row in rows)
+            clip = np.searchsorted(clips.clip_offsets, first, side="right") - 1
+            begin, end = clips.clip_offsets[clip:clip + 2]
+            assert all(begin <= row < end for row, in others)
+            assert len({row for row, in others}) == min(training_step.CLIP_SAMPLE, end - begin)
+            found.add(int(clip))
+    assert len(found) > 1 and flipped == {True, False}
+
+
+def test_the_reconstruction_of_clips_is_weighted_by_motion(start):
+    state, c, clips = start("--lambda-kl", "0")
+    batch = training_step.draw_batch(state, c, clips, 0)
+    (loss, values), = training_step.generator_terms(state, c, batch)
+    made = batch.generated
+    error = losses.motion_weighted_error(made.reconstruction, batch.real, batch.others)
+    expected = -state.critic(made.fake).mean() + c.LAMBDA_REC * losses.size_factor(3 * 32 * 32) * error
+    torch.testing.assert_close(loss, expected)
+    assert values["reconstruction"] == losses.reconstruction_loss(made.reconstruction, batch.real) != error
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+OF_CLIPS = ("--folders", "clips", "--vae-kimg", "0.008", "--dynamics-kimg", "0.04", "--motion-batch", "8")
+
+
+def test_a_run_on_clips_logs_both_stages_and_shows_motion(run, tmp_path, capsys):
+    """The 12 photos are one clip. Two steps of stage 1, four of stage 2, of which the last is at K = 14."""
+    assert run(*OF_CLIPS, "--log-every", "1", "--sample-every", "3", "--evaluate-every", "3") == 0
+    out = capsys.readouterr().out
+    assert "12 images to train on, 0 held out in 1 and 0 clips" in out and "code tokens and Delta head" in out
+    rows = lines(tmp_path)
+    assert [row["stage"] for row in rows if "stage" in row] == [1, 1, 2, 2, 2, 2]
+    measured = [row for row in rows if "evaluate_r1" in row]
+    assert [row["step"] for row in measured] == [3, 6]
+    assert {"evaluate_r8", "evaluate_r8_frozen", "evaluate_z_growth"} <= set(measured[0])
+    assert all(row["learning_rate"] > 0 for row in rows if "stage" in row)
+    known = {value.key for value in run_log.HEALTHY} | {"step", "images_seen", "best", "seconds"}
+    assert {key for row in rows for key in row} == known
+    folder = tmp_path / "runs" / "photos"
+    assert (folder / "samples" / "step_00000006_motion.png").exists()
+    assert not (folder / "samples" / "step_00000000_motion.png").exists()
+    assert checkpoints.load(folder / "checkpoints" / "best.pt")["counters"]["best"][0] == "r8"
+    assert "motion" in (folder / "index.html").read_text()
+    generator, c, _ = load_generator(folder)
+    assert generator.layer.dynamics is not None and c.FOLDERS == "clips"
+    assert run(*OF_CLIPS) == 0 and "give a higher" in capsys.readouterr().out
+
+
+def test_a_run_on_images_cannot_become_one_on_clips(run, capsys):
+    assert run("--steps", "1") == 0
+    assert run(*OF_CLIPS) == 2
+    assert "--folders ignore" in error_line(capsys)
+
+
+def test_without_data_the_moving_demo_set_is_drawn(tmp_path, monkeypatch):
+    draw = demo_images.make_clips
+    monkeypatch.setattr(demo_images, "make_clips", lambda root, size: draw(root, 2, 12, size))
+    assert training.main(["--runs-dir", str(tmp_path), *SMALL, *OF_CLIPS, "--steps", "3"]) == 0
+    assert (tmp_path / "demo_clips_32" / "clip_00001" / "frame_011.jpg").exists()
+    assert (tmp_path / "demo_clips" / "checkpoints" / "step_00000003.pt").exists()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--motion-batch", "7"), "--motion-batch 7 is invalid for 1 processes: must be a multiple of 2"),
+    (("--dynamics-kimg", "0.008"), "--dynamics-kimg 0.008 is invalid: must be above --vae-kimg 0.008"),
+    (("--num-frames", "2"), "--num-frames 2 is invalid with --folders clips: must be 3 or more"),
+    (("--folders", "movies"), "--folders movies is invalid: must be ignore or clips"),
+    (("--cold-share", "0"), "--cold-share 0.0 is invalid: must be above 0, at most 1")])
+def test_invalid_constants_are_one_line(run, capsys, flags, words):
+    assert run(*OF_CLIPS, *flags) == 2
+    assert words in error_line(capsys)
 
 
 # ------------------------------------------------------------------------------------- training_step's own part

@@ -85,3 +85,23 @@ def test_kl_agrees_with_torch_distributions(rng):
 def test_reconstruction_is_the_mean_absolute_error_over_all_elements():
     image, target = torch.tensor([[[[1.0, -1.0]]]]), torch.tensor([[[[0.0, 0.5]]]])
     assert losses.reconstruction_loss(image, target).item() == pytest.approx((1 + 1.5) / 2)
+
+
+# ------------------------------------------------------------------------------------- video
+
+def test_motion_weighted_error_counts_what_moves_more():
+    target = torch.zeros(1, 3, 2, 2)
+    others = torch.zeros(1, 9, 2, 2)
+    others[:, :, 0, 0] = 0.5                          # the mean of the four frames there is 3/8, so the weight is 4
+    weights = torch.tensor([[4.0, 1], [1, 1]]) / (7 / 4)
+    for row, column in ((0, 0), (1, 0)):
+        image = target.clone()
+        image[:, :, row, column] = 0.1
+        error = losses.motion_weighted_error(image, target, others)
+        torch.testing.assert_close(error, 0.1 * weights[row, column] / 4)
+
+
+def test_motion_weighted_error_of_a_still_clip_is_the_mean_absolute_error(rng):
+    image, target = torch.rand(2, 2, 3, 4, 4, generator=rng)
+    error = losses.motion_weighted_error(image, target, target.repeat(1, 5, 1, 1))
+    torch.testing.assert_close(error, losses.reconstruction_loss(image, target))

@@ -177,7 +177,7 @@ def test_the_start_prints_the_parameters_of_each_part(capsys):
     c = command_line.parse_constants(SMALL)[0]
     generator, critic = model_definitions.build(c)
     state = SimpleNamespace(generator=generator, critic=critic, device="cpu", ranks=SimpleNamespace(size=2))
-    run_log.print_start(c, state, SimpleNamespace(train=range(1200), held_out=range(30)))
+    run_log.print_start(c, state, SimpleNamespace(train=range(1200), held_out=range(30), clip_offsets=None))
     out = capsys.readouterr().out
     counts = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters", out)]
     assert len(counts) == 5 and sum(counts) == sum(p.numel() for m in (generator, critic) for p in m.parameters())
