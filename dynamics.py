@@ -23,6 +23,7 @@ from random_keys import torch_generator
 UNROLLING = ((0.0, 1), (0.3, 4), (0.55, 14))    # (share of stage 2 from which, predicted frames per window)
 WARM_UP = 100                  # updates in which the learning rate rises ...
 FALLS_FROM, LOWEST = 0.5, 0.02 # ... and the share of stage 2 from which it falls, linearly, to this share of it
+CODE_NOISE = 0.3               # largest noise of a window's codes, in standard deviations of their posterior
 RENDERED_EVERY = 2             # one frame of every 2nd window is rendered
 CHUNK = 64                     # frames that are encoded at once
 SMALLEST_CHANGE = 1e-3         # of a dimension of the codes, where nothing moves
@@ -139,7 +140,8 @@ def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
         return training_step.to_device(tensor, state.device)
 
     (mu, logvar), window, cold = state.codes, put(before(first)), put(cold)
-    codes = mu[window] + put(draws[4])[:, None, None] * torch.exp(0.5 * logvar[window]) * put(code_noise)
+    strength = CODE_NOISE * put(draws[4])[:, None, None]
+    codes = mu[window] + strength * torch.exp(0.5 * logvar[window]) * put(code_noise)
     return MotionBatch(
         codes=torch.where(cold[:, None, None], codes[:, :1], codes),
         targets=mu[put(following.minimum(last))], valid=put((following <= last).to(mu.dtype)),
