@@ -91,30 +91,35 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     if c.NUM_FRAMES > 1 and torch.rand((), generator=rng) < c.FEEDBACK_PROB:
         walk = Walk(*(to_device(tensor[mine], state.device) for tensor in (
             torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=rng), torch.rand(c.BATCH_SIZE, 1, generator=rng))))
-    real, others = real_images(state, c, image_set, critic_update)
-    return Batch(real,
+    rows, flips = rows_of_images(state, c, image_set, critic_update)
+    others = None
+    if image_set.clip_offsets is not None:
+        frames = frames_of_clips(image_set, rows)
+        others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
+                             flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
+    return Batch(read_images(image_set, rows, state.device, flips),
                  draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.rand, "between", c.BATCH_SIZE),
                  Changes(*(to_device(tensor, state.device) for tensor in changes)), walk, others, mine.start)
 
 
-def real_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[Tensor, Tensor | None]:
-    """Returns this rank's real images of a critic update, (B, C, H, W) in [-1, 1], and Batch.others of clips."""
+def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the rows of this rank's real images of a critic update, and which are mirrored, with FLIP."""
     mine = state.ranks.slice_of(c.BATCH_SIZE)
     position = (state.counters["step"] * c.N_CRITIC + critic_update) * c.BATCH_SIZE
     rows = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "flip", critic_update)).numpy()[mine] < 0.5
-    real = read_images(image_set, rows, state.device, flips)
-    if image_set.clip_offsets is None:
-        return real, None
+    return rows, flips
+
+
+def frames_of_clips(image_set: data.ImageSet, rows: np.ndarray) -> np.ndarray:
+    """Returns the rows of CLIP_SAMPLE evenly spaced frames of each image's clip, (B, CLIP_SAMPLE)."""
     clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
-    first, end = image_set.clip_offsets[clips], image_set.clip_offsets[clips + 1]
-    spread = first[:, None] + (end - first)[:, None] * (2 * np.arange(CLIP_SAMPLE) + 1) // (2 * CLIP_SAMPLE)
-    flips = None if flips is None else flips.repeat(CLIP_SAMPLE)
-    return real, read_images(image_set, spread.flatten(), state.device, flips).unflatten(0, spread.shape).flatten(1, 2)
+    first, end = image_set.clip_offsets[clips, None], image_set.clip_offsets[clips + 1, None]
+    return first + (end - first) * (2 * np.arange(CLIP_SAMPLE) + 1) // (2 * CLIP_SAMPLE)
 
 
 def read_images(image_set: data.ImageSet, rows: np.ndarray, device: torch.device,

@@ -74,7 +74,7 @@ class OneAlpha(TransformerParamTanh):
         super().__init__(*sizes, **others)
         self.s = nn.Parameter(torch.zeros(1))
 
-    def alpha(self, x, earlier=None, changes=None):
+    def alpha(self, x, earlier=None, changes=None, window=None):
         return (self.alpha_init * self.alpha_span ** torch.tanh(self.s)).expand_as(x[:, :1])
 
 

@@ -157,7 +157,7 @@ def test_a_feedback_loop_begins_as_after_a_whole_round(generator):
 def test_feedback_reads_the_images_before_and_frozen_the_first_one(generator):
     z = latent_space.walk(latent_space.draw_z(0, 0, 3, 16), 4)
     seen, alpha = [], generator.layer.alpha
-    generator.layer.alpha = lambda x, earlier, changes: seen.append(earlier) or alpha(x, earlier, changes)
+    generator.layer.alpha = lambda x, earlier, *others: seen.append(earlier) or alpha(x, earlier, *others)
     images = [image for image, _ in generator.feedback(z)]
     first = generator.layer.displayed(generator.vae.decode(z[:1]))
     for frame, earlier in enumerate(seen):

@@ -301,9 +301,9 @@ def test_a_recorded_step_reads_the_falling_learning_rates(start):
 @pytest.mark.parametrize("flags", [(), ("--flip",)])
 def test_images_kept_on_the_device_give_the_same_batches(flags, start):
     state, c, image_set = start(*flags)
-    expected = training_step.real_images(state, c, image_set, 0)
+    expected = training_step.draw_batch(state, c, image_set, 0).real
     image_set.on_device = torch.from_numpy(np.array(image_set.images))
-    assert torch.equal(training_step.real_images(state, c, image_set, 0), expected)
+    assert torch.equal(training_step.draw_batch(state, c, image_set, 0).real, expected)
 
 
 @pytest.mark.parametrize("share, kept", [(0.5, True), (0.4, False), (0, False)])
