@@ -64,6 +64,7 @@ def begin(state, image_set: data.ImageSet) -> None:
     frames are encoded once. The unit of changes is found."""
     vae = state.generator.vae
     vae.load_state_dict(state.ema.vae.state_dict())
+    state.graphs.clear()                             # those of stage 1 are not needed any more
     state.codes = mu, _ = encode_frames(vae, image_set, state.device)
     later = np.setdiff1d(image_set.train, image_set.clip_offsets)             # all frames but the first of each clip
     change = (mu[later] - mu[later - 1]).square().mean(0).sqrt().clamp_min(SMALLEST_CHANGE)
@@ -101,9 +102,9 @@ class MotionBatch(NamedTuple):
         return list(self)
 
     @property
-    def kind(self) -> int:
-        """K: each has a CUDA graph of its own."""
-        return self.targets.shape[1]
+    def kind(self) -> tuple[str, int]:
+        """Batches of one kind can share a CUDA graph: those with the same K."""
+        return "motion", self.targets.shape[1]
 
 
 def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:

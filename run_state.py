@@ -105,7 +105,7 @@ class State:
         """Sets a learning rate that changes from step to step: on CUDA a tensor, which a recorded step reads."""
         if self.device.type != "cuda":
             group["lr"] = rate
-        elif isinstance(group["lr"], torch.Tensor):
+        elif isinstance(group["lr"], torch.Tensor) and group["lr"].is_cuda:       # one from a file is on the CPU
             group["lr"].fill_(rate)
         else:
             group["lr"] = torch.full((), rate, device=self.device)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, error_line, lines
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoints
 import command_line
@@ -129,7 +130,7 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
     for step in range(4):
         state.counters["step"] = step
         batch = dynamics.draw_batch(state, c, clips)
-        assert batch.kind == frames == batch.targets.shape[1]
+        assert batch.kind == ("motion", frames) and batch.targets.shape[1] == frames
         for i in range(64):
             window, targets, cold = batch.codes[i, :, 0].tolist(), batch.targets[i, :, 0].tolist(), batch.cold[i]
             first = int(targets[0])
@@ -204,6 +205,19 @@ def test_the_loss_is_that_of_the_formula(start):
     for name, value in zip(("code_error", "frame_error", "motion_kl"), expected):
         torch.testing.assert_close(values[name], value, msg=name)
     torch.testing.assert_close(loss, 2 * expected[0] + 3 * expected[1] + 0.5 * expected[2])
+
+
+def test_predicted_codes_and_images_stay_float32_under_bfloat16_autocast(start):
+    """With fake tensors, which have the dtypes that autocast gives them but compute nothing."""
+    state, c, clips = start()
+    batch, linear = dynamics.draw_batch(state, c, clips), torch.nn.functional.linear
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        window = Window(batch.codes, batch.noise, batch.anchor)
+        code = state.generator.layer.next_code(window)
+        image, alpha = state.generator.image_and_alpha(code, batch.earlier.repeat(2, 1, 1, 1), window=window)
+        (loss, values), = dynamics.motion_terms(state, c, batch)
+        assert linear(code, state.generator.layer.dynamics.of_code.weight).dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in (code, image, alpha, loss, *values.values())} == {torch.float32}
 
 
 def test_only_the_layer_learns_and_its_average_follows(start):
