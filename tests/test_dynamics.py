@@ -16,6 +16,7 @@ import run_log
 import run_state
 import training
 import training_step
+import update
 from distributed import Ranks
 from model_definitions import Window, load_generator
 
@@ -41,7 +42,7 @@ def start():
     def new(*flags, lengths=LENGTHS):
         c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2",
                                              "--motion-batch", "8", *flags])
-        state, clips = run_state.new_state(c, torch.device("cpu")), clips_of(lengths)
+        state, clips = run_state.new_state(c, command_line.choose_device(c.DEVICE)), clips_of(lengths)
         state.counters["images_seen"] = 1000
         for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
             head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
@@ -218,6 +219,24 @@ def test_predicted_codes_and_images_stay_float32_under_bfloat16_autocast(start):
         (loss, values), = dynamics.motion_terms(state, c, batch)
         assert linear(code, state.generator.layer.dynamics.of_code.weight).dtype == torch.bfloat16
     assert {tensor.dtype for tensor in (code, image, alpha, loss, *values.values())} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+def test_a_recorded_step_equals_a_plain_step(start):
+    """In full float32, so that only the order of sums differs; through all three lengths of the unrolling."""
+    ends = []
+    for graph in ("--cuda-graph", "--no-cuda-graph"):
+        state, c, clips = start("--device", "cuda", "--no-bfloat16", "--no-tf32", graph, "--dynamics-kimg", "1.256")
+        update.set_up(state.device, c)
+        origin = torch.cat([p.detach().flatten() for p in state.motion.parameters()])
+        while dynamics.progress(state, c) < 1:
+            values = dynamics.motion_step(state, c, clips)
+        assert len(state.graphs) == 3 * (graph == "--cuda-graph")
+        ends.append((torch.cat([p.detach().flatten() for p in state.motion.parameters()]) - origin,
+                     {name: value.item() for name, value in values.items()}))
+    (moved, values), (plain_moved, plain_values) = ends
+    assert (moved - plain_moved).norm() < 0.1 * plain_moved.norm()
+    assert values == pytest.approx(plain_values, rel=0.05, abs=0.02)
 
 
 def test_only_the_layer_learns_and_its_average_follows(start):
