@@ -53,7 +53,7 @@ LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / 
 
 # ------------------------------------------------------------------------------------- video, with FOLDERS = "clips"
 VAE_KIMG = 40.0             # stage 1, images as with still images, ends after so many thousand images; then the VAE is frozen ...
-DYNAMICS_KIMG = 140.0       # ... and the Transformer learns motion, until images and windows are so many thousand: the run ends
+DYNAMICS_KIMG = 100.0       # ... and the Transformer learns motion, until images and windows are so many thousand: the run ends
 MOTION_DIM = 6              # length of the motion code v: what a still start does not show, such as direction and speed
 MOTION_BATCH = 16           # windows of NUM_FRAMES - 1 frames per update of stage 2, over all processes, even
 MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on

@@ -428,7 +428,7 @@ class Dynamics(nn.Module):
     posterior, which only training uses. frames: P; dim: of a token.
 
     Differences between codes are measured in units of `change`, their standard deviation from frame to frame, which
-    stage 2 finds in the data. Without it, the noise of Adam's first steps was larger than any motion.
+    stage 2 finds in the data: docs/video.md has the gain.
     """
 
     HIDDEN = 256

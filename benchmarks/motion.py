@@ -8,8 +8,9 @@ prediction, against the rendered code of the real frame, divided by that of a co
 distance in pixels between the owl's position in the rendered prediction and its real one. A small network reads the
 position; it is trained here on real and on reconstructed training frames, and its own error is printed.
 
-copy: the last known frame. linear: mu goes on as between the last two frames. frozen window: the Transformer reads
-copies of its newest code, so that nothing shows the motion.
+copy: the last known frame. constant velocity: mu goes on as between the last two frames. linear map: of the 9 newest
+codes of a window, fitted to the training clips by least squares. frozen window: the Transformer reads copies of its
+newest code, so that nothing shows the motion.
 """
 
 import sys
@@ -32,6 +33,7 @@ from training_step import read_images
 
 AHEAD, MEASURED = (1, 4, 8, 16), (1, 4, 8)
 CLIPS, STARTS = 64, 3
+LINEAR_CODES, RIDGE = 9, 4e-4                         # newest codes of a window that the linear map reads
 BATCH = 64
 RATE = 2e-3                                           # of Adam, for the network that reads positions
 
@@ -79,7 +81,7 @@ def train_reader(generator: Generator, image_set: data.ImageSet, target: Tensor,
         image = read_images(image_set, rows, torch.device("cpu"))
         if step % 2:
             with torch.no_grad():
-                image = 2 * rendered(generator, generator.vae.encode(image)[0]) - 1
+                image = rendered(generator, generator.vae.encode(image)[0])
         loss = (reader(image) - target[rows]).abs().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -88,8 +90,28 @@ def train_reader(generator: Generator, image_set: data.ImageSet, target: Tensor,
 
 
 def rendered(generator: Generator, z: Tensor) -> Tensor:
-    """Returns images in [0, 1] of codes, without the Transformer."""
-    return torch.cat([generator.layer.displayed(generator.vae.decode(part)) for part in z.split(BATCH)])
+    """Returns images in [-1, 1] of codes, each on its own."""
+    return torch.cat([generator(part) for part in z.split(BATCH)])
+
+
+def linear_map(image_set: data.ImageSet, mu: Tensor, window: Tensor, count: int) -> Tensor:
+    """Returns the next `count` codes after windows (B, P, LATENT_DIM), (B, count, LATENT_DIM), from a linear map of
+    codes, fitted to the training clips by ridge regression."""
+    past = min(LINEAR_CODES, window.shape[1])
+
+    def known(codes):                                 # (B, past, LATENT_DIM), newest first
+        return torch.cat([codes[:, :1], codes[:, :-1] - codes[:, 1:]], dim=1).flatten(1)
+
+    offsets = image_set.clip_offsets
+    rows = torch.cat([torch.arange(offsets[clip] + past, offsets[clip + 1]) for clip in image_set.train_clips])
+    inputs = known(mu[rows[:, None] - torch.arange(1, past + 1)])
+    square = inputs.T @ inputs + RIDGE * len(rows) * torch.eye(inputs.shape[1])
+    weights = torch.linalg.solve(square, inputs.T @ (mu[rows] - mu[rows - 1]))
+    codes, found = window[:, :past], []
+    for _ in range(count):
+        found.append(codes[:, 0] + known(codes) @ weights)
+        codes = torch.cat([found[-1][:, None], codes[:, :-1]], dim=1)
+    return torch.stack(found, dim=1)
 
 
 @torch.no_grad()
@@ -101,7 +123,8 @@ def measure(generator: Generator, c, image_set: data.ImageSet, target: Tensor, r
         raise InputError(f"the clips are too short: must have more than {max(AHEAD)} frames")
     frames = torch.arange(1, max(AHEAD) + 1)[None, :, None]
     newest, step = window.codes[:, 0, None], window.codes[:, 0, None] - window.codes[:, 1, None]
-    predicted = {"copy": newest.expand(-1, max(AHEAD), -1), "linear": newest + frames * step,
+    predicted = {"copy": newest.expand(-1, max(AHEAD), -1), "constant velocity": newest + frames * step,
+                 "linear map": linear_map(image_set, codes[0], window.codes, max(AHEAD)),
                  "Transformer": dynamics.unrolled(generator, window, max(AHEAD)),
                  "Transformer, frozen window": dynamics.unrolled(generator, window, max(AHEAD), frozen=True)}
     half, found = c.IMAGE_SIZE / 2, {name: {} for name in predicted}
@@ -112,10 +135,10 @@ def measure(generator: Generator, c, image_set: data.ImageSet, target: Tensor, r
         for name, image in made.items():
             if ahead in MEASURED:
                 found[name][f"r{ahead}"] = ((image - real).abs().mean() / (made["copy"] - real).abs().mean()).item()
-            found[name][f"p{ahead}"] = half * (reader(2 * image - 1) - target[rows]).norm(dim=1).mean().item()
+            found[name][f"p{ahead}"] = half * (reader(image) - target[rows]).norm(dim=1).mean().item()
     rows = torch.from_numpy(first)
     for name, image in (("reader, real frames", read_images(image_set, first, torch.device("cpu"))),
-                        ("reader, reconstructions", 2 * rendered(generator, codes[0][rows]) - 1)):
+                        ("reader, reconstructions", rendered(generator, codes[0][rows]))):
         found[name] = {"p1": half * (reader(image) - target[rows]).norm(dim=1).mean().item()}
     return found
 

@@ -4,7 +4,9 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL
@@ -13,13 +15,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import counting
 import feedback
+import motion
 import step
 
 import command_line
+import demo_images
 import evaluate
 import losses
 import model_definitions
 import run_state
+import training
 import training_step
 
 
@@ -176,6 +181,32 @@ def test_feedback_compares_four_windows_at_two_places(run, tmp_path, monkeypatch
         (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen", "fixed")
         for place in ("12", "30")]
     assert all(float(row[5]) > 0 for row in rows)
+
+
+def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, capsys):
+    clips = demo_images.make_clips(tmp_path / "clips", 3, 40, 32)
+    flags = [*SMALL, "--data", str(clips), "--runs-dir", str(tmp_path), "--run", "small", "--folders", "clips",
+             "--vae-kimg", "0.004", "--dynamics-kimg", "0.04"]
+    assert training.main(flags) == 0
+    capsys.readouterr()
+    assert motion.main([str(tmp_path / "small"), "--steps", "4", "--strip", str(tmp_path / "strip.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in lines[-9:])}
+    assert rows[""] == ["r1", "r4", "r8", "p1", "p4", "p8", "p16"] and rows["copy"][:3] == ["1", "1", "1"]
+    assert {"constant velocity", "linear map", "Transformer", "Transformer, frozen window"} <= rows.keys()
+    assert float(rows["linear map"][0]) != 1 and float(rows["Transformer"][3]) > 0
+    assert (tmp_path / "strip.png").stat().st_size > 10_000
+    (clips / "states.npz").unlink()
+    assert motion.main([str(tmp_path / "small")]) == 2 and "moving demo set" in capsys.readouterr().err
+
+
+def test_the_linear_map_continues_a_motion_that_is_linear():
+    """Codes turn by a constant angle: the next one is a linear map of the two before."""
+    angle = 0.3 * torch.arange(40)[:, None] + torch.tensor([0.0, 1.5, 3.0])
+    mu = torch.stack([angle.cos(), angle.sin()], dim=2).transpose(0, 1).flatten(0, 1)          # 3 clips of 40 frames
+    clips = SimpleNamespace(clip_offsets=np.array([0, 40, 80, 120]), train_clips=np.array([0, 1]))
+    made = motion.linear_map(clips, mu, mu[110 - torch.arange(1, 16)][None], 8)
+    torch.testing.assert_close(made, mu[None, 110:118], rtol=0, atol=0.03)
 
 
 @pytest.mark.slow
