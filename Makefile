@@ -11,7 +11,7 @@ demo: .venv/run.stamp
 	@echo "images: runs/$(RUN)/generated/seed1_grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
 
 demo-video: .venv/run.stamp
-	$(BIN)/python training.py --folders clips --image-size 64 --minutes 20 --run demo_clips
+	$(BIN)/python training.py --folders clips --image-size 64 --vae-kimg 25 --dynamics-kimg 60 --minutes 20 --run demo_clips
 	@echo "samples during training: runs/demo_clips/samples; report: runs/demo_clips/index.html"
 
 test: .venv/dev.stamp

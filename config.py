@@ -52,8 +52,8 @@ LAMBDA_REC = 100.0          # weight of the reconstruction error at 3 x 64 x 64,
 LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / LAMBDA_REC is the Laplace scale b
 
 # ------------------------------------------------------------------------------------- video, with FOLDERS = "clips"
-VAE_KIMG = 40.0             # stage 1, images as with still images, ends after so many thousand images; then the VAE is frozen ...
-DYNAMICS_KIMG = 100.0       # ... and the Transformer learns motion, until images and windows are so many thousand: the run ends
+VAE_KIMG = 40.0             # clips: thousand images after which stage 1 ends: the VAE is frozen, and the Transformer starts to learn motion
+DYNAMICS_KIMG = 100.0       # clips: thousand images, and windows of stage 2, after which the run ends, if STEPS or MINUTES do not end it before
 MOTION_DIM = 6              # length of the motion code v: what a still start does not show, such as direction and speed
 MOTION_BATCH = 16           # windows of NUM_FRAMES - 1 frames per update of stage 2, over all processes, even
 MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on

@@ -252,8 +252,9 @@ def measure(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tens
 @torch.no_grad()
 def strips(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor], count: int = 4,
            columns: int = 16, every: int = 2) -> list[Tensor]:
-    """Returns rows of `columns` images (C, H, W) in [-1, 1], every 2nd frame: for `count` clips the real frames and
-    below them the continuation of the window before, then `count` videos that start from noise."""
+    """Returns rows of `columns` images (C, H, W) in [-1, 1], every 2nd frame: for `count` clips the real frames, grey
+    after the clip's end, and below them the continuation of the window before; then `count` videos that start from
+    noise."""
     frames = columns * every
     window, first = windows(c, image_set, codes, count, 1, min(frames, 1 + max(AHEAD)))
     device, past = codes[0].device, c.NUM_FRAMES - 1
@@ -266,7 +267,9 @@ def strips(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tenso
         made = [image for image, _ in itertools.islice(generator.roll(start, earlier), frames)][::every]
         found.append(torch.stack(made, dim=1))                                     # (B, columns, C, H, W)
     ends = image_set.clip_offsets[np.searchsorted(image_set.clip_offsets, first, side="right")]
-    rows = np.minimum(first[:, None] + np.arange(0, frames, every), ends[:, None] - 1)
-    real = training_step.read_images(image_set, rows.flatten(), device).unflatten(0, rows.shape)
+    rows = first[:, None] + np.arange(0, frames, every)
+    real = training_step.read_images(image_set, np.minimum(rows, ends[:, None] - 1).flatten(), device)
+    real = real.unflatten(0, rows.shape)
+    real[torch.from_numpy(rows >= ends[:, None]).to(device)] = 0
     pairs = [row for pair in zip(real, found[0]) for row in pair]
     return [*pairs, *found[1]]

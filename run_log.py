@@ -214,11 +214,14 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
             *([("code tokens and Delta head", motion)] if motion else []), ("critic", count(state.critic))):
         print(f"{part:28}{parameters:12,} parameters")
     processes = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
-    clips = ""
-    if image_set.clip_offsets is not None:
-        clips = f" in {len(image_set.train_clips):,} and {len(image_set.held_out_clips):,} clips"
-    print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out{clips}; device "
-          f"{state.device}{processes}")
+    if image_set.clip_offsets is None:
+        print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device "
+              f"{state.device}{processes}")
+        return
+    print(f"{len(image_set.train_clips):,} clips of {len(image_set.train):,} frames to train on, "
+          f"{len(image_set.held_out_clips):,} clips held out; device {state.device}{processes}")
+    if np.diff(image_set.clip_offsets).max() <= max(dynamics.AHEAD):
+        print(f"warning: predictions are not measured, because no clip has more than {max(dynamics.AHEAD)} frames")
 
 
 # ------------------------------------------------------------------------------------- sample sheets

@@ -209,7 +209,7 @@ def resume_or_start(c: SimpleNamespace, given: Sequence[str], device: torch.devi
         if found is None:
             mention_runs_on_the_same_images(c, folder)
             return initial_weights(c) if c.INIT_FROM else None
-        check_constants(c, given, found[1]["constants"])
+        check_constants(c, given, found[1]["constants"], found[1]["counters"]["images_seen"])
         return found
 
     found = distributed.on_rank_0(ranks, find)
@@ -250,12 +250,15 @@ def other_sizes(c: SimpleNamespace, saved: dict) -> tuple[list[str], str]:
     return others, " ".join(command_line.as_given(name, saved.get(name)) for name in others)
 
 
-def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict) -> None:
+def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, images_seen: int) -> None:
     """Raises InputError if a run was made with other sizes or another folder. Prints what else has changed."""
     others, fitting = other_sizes(c, saved)
     if others:
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
+    if saved["FOLDERS"] == "clips" and images_seen >= 1000 * saved["VAE_KIMG"] and saved["VAE_KIMG"] != c.VAE_KIMG:
+        raise InputError(f"--vae-kimg {c.VAE_KIMG:g} is invalid: stage 2 of run {c.RUN} has begun: must be "
+                         f"{saved['VAE_KIMG']:g}")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
     if "RUN" not in given and before != now:
         known = data.cached_sizes(saved["DATA"], c) if saved.get("DATA") and c.DATA else None
@@ -278,6 +281,9 @@ def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
     file has one. Raises InputError."""
     file, saved = checkpoints.find(c.INIT_FROM)
     others, fitting = other_sizes(c, saved["constants"])
+    if "FOLDERS" in others:
+        raise InputError(f"--init-from {c.INIT_FROM} was trained with {fitting}: must be a run with --folders "
+                         f"{c.FOLDERS}")
     if others:
         raise InputError(f"--init-from {c.INIT_FROM} was made with other sizes: give {fitting}")
     return file, {part: saved[source] for part, source in (("generator", "ema"), ("ema", "ema"), ("critic", "critic"))

@@ -3,6 +3,7 @@
     python training.py --data ./images                        # runs/images; the same command continues the run
     python training.py --data ./images --image-size 64 --run small
     python training.py                                        # on the built-in demo set
+    python training.py --data ./videos --folders clips        # clips: folders of frames, .gif, .webp, .mp4, ...
     torchrun --nproc-per-node 4 -- training.py --data ./images   # the same mathematics on 4 GPUs
 
 Every constant of config.py is a flag; --help lists them.
@@ -246,6 +247,8 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         distributed.gather(ranks, None)          # torchrun ends all ranks when the first one exits
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; images and curves in "
           f"{folder / 'index.html'}")
+    if c.FOLDERS == "clips" and not dynamics.is_stage_2(state, c):
+        print(f"the run ended in stage 1: motion is learned after {c.VAE_KIMG:g} thousand images (--vae-kimg)")
     if counters["step"] < c.STEPS:
         print("the same command continues the run")
     if signal_number:
@@ -311,7 +314,8 @@ def train_in(folder: Path, c: SimpleNamespace, given: set[str], device: torch.de
         data.keep_on_device(image_set, device, c.DEVICE_IMAGES)
     print_start(c, state, image_set)
     if state.counters["step"] >= c.STEPS:
-        print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher --steps to continue")
+        ended_by = "--dynamics-kimg" if c.FOLDERS == "clips" and dynamics.last_step(c) == c.STEPS else "--steps"
+        print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher {ended_by} to continue")
         return 0
     return train(state, c, image_set, folder)
 

@@ -319,6 +319,9 @@ def test_strips_hold_real_frames_their_continuation_and_videos_from_noise(start)
     assert len(rows) == 2 + 4 and all(row.shape == (16, 3, 32, 32) for row in rows)      # one clip is held out
     frames = torch.from_numpy(clips.images[72 + PAST:]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(rows[0], frames[:32:2])
+    clips.clip_offsets[-1] -= 10                                 # the clip ends before the row
+    rows = dynamics.strips(state.ema, c, clips, state.codes)
+    assert (rows[0][-2:] == 0).all() and (rows[0][:10] != 0).any()
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -367,7 +370,8 @@ def test_a_run_on_clips_logs_both_stages_and_shows_motion(run, tmp_path, capsys)
     """The 12 photos are one clip. Two steps of stage 1, four of stage 2, of which the last is at K = 14."""
     assert run(*OF_CLIPS, "--log-every", "1", "--sample-every", "3", "--evaluate-every", "3") == 0
     out = capsys.readouterr().out
-    assert "12 images to train on, 0 held out in 1 and 0 clips" in out and "code tokens and Delta head" in out
+    assert "1 clips of 12 frames to train on, 0 clips held out" in out and "code tokens and Delta head" in out
+    assert "not measured" not in out and "ended in stage 1" not in out
     rows = lines(tmp_path)
     assert [row["stage"] for row in rows if "stage" in row] == [1, 1, 2, 2, 2, 2]
     measured = [row for row in rows if "evaluate_r1" in row]
@@ -383,13 +387,23 @@ def test_a_run_on_clips_logs_both_stages_and_shows_motion(run, tmp_path, capsys)
     assert "motion" in (folder / "index.html").read_text()
     generator, c, _ = load_generator(folder)
     assert generator.layer.dynamics is not None and c.FOLDERS == "clips"
-    assert run(*OF_CLIPS) == 0 and "give a higher" in capsys.readouterr().out
+    assert run(*OF_CLIPS) == 0 and "give a higher --dynamics-kimg" in capsys.readouterr().out
+    assert run(*OF_CLIPS, "--vae-kimg", "0.02") == 2 and "has begun: must be 0.008" in error_line(capsys)
 
 
-def test_a_run_on_images_cannot_become_one_on_clips(run, capsys):
+def test_a_run_on_images_cannot_become_one_on_clips(run, tmp_path, capsys):
     assert run("--steps", "1") == 0
     assert run(*OF_CLIPS) == 2
     assert "--folders ignore" in error_line(capsys)
+    assert run(*OF_CLIPS, "--run", "new", "--init-from", str(tmp_path / "runs" / "photos")) == 2
+    assert "was trained with --folders ignore: must be a run with --folders clips" in error_line(capsys)
+
+
+def test_a_run_that_ends_in_stage_1_says_so(run, image_folder, capsys):
+    assert run(*OF_CLIPS, "--steps", "1", images=image_folder(5, name="short")) == 0
+    out = capsys.readouterr().out
+    assert "motion is learned after 0.008 thousand images" in out
+    assert "predictions are not measured, because no clip has more than 8 frames" in out
 
 
 def test_without_data_the_moving_demo_set_is_drawn(tmp_path, monkeypatch):
