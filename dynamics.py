@@ -262,8 +262,7 @@ def strips(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tenso
     v = torch.randn(count, c.MOTION_DIM, generator=torch_generator(c.SEED, "motion codes of samples")).to(device)
     found = []
     for start in (window, Window.still(z, v, past)):
-        codes_then = start.codes.flatten(0, 1)
-        earlier = generator.layer.displayed(generator.vae.decode(codes_then)).unflatten(0, (-1, past)).flatten(1, 2)
+        earlier = torch.stack([(1 + generator(code)) / 2 for code in start.codes.unbind(1)], dim=1).flatten(1, 2)
         made = [image for image, _ in itertools.islice(generator.roll(start, earlier), frames)][::every]
         found.append(torch.stack(made, dim=1))                                     # (B, columns, C, H, W)
     ends = image_set.clip_offsets[np.searchsorted(image_set.clip_offsets, first, side="right")]
