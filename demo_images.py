@@ -527,8 +527,10 @@ def _make(folder: Path, values: dict, missing: Callable[[], list], write: Callab
                 file.write(json.dumps(values).encode())
         # Freeing a large block makes glibc keep freed memory from then on: 7 instead of 10 ms per image.
         np.empty(2 ** 24, np.uint8)
-        for item in tqdm(missing(), desc="drawing the demo set", unit="clip" if "clips" in values else "img",
-                         disable=None):    # on a terminal
+        bar = tqdm(missing(), desc="drawing the demo set", unit="clip" if "clips" in values else "img", disable=None)
+        if bar.disable:    # the output is not a terminal: one plain line
+            print(f"drawing the demo set in {folder}", flush=True)
+        for item in bar:
             write(item)
     return folder
 

@@ -278,7 +278,7 @@ def test_a_failed_write_leaves_no_partial_image(tmp_path, monkeypatch):
 
 def test_a_second_process_waits_for_the_first(tmp_path, monkeypatch):
     drawn, waiting = stop_after(1000, monkeypatch), threading.Event()
-    monkeypatch.setattr(demo_images, "print", lambda line: waiting.set(), raising=False)
+    monkeypatch.setattr(demo_images, "print", lambda line, flush=False: waiting.set(), raising=False)
     second = threading.Thread(target=make, args=(tmp_path / "set", 3, 16))
     with checkpoints.lock(tmp_path / "set", pytest.fail):
         second.start()
@@ -410,4 +410,6 @@ def test_the_command_draws_the_set(tmp_path, capsys):
 
 def test_the_command_draws_clips(tmp_path, capsys):
     assert demo_images.main([str(tmp_path / "set"), "--clips", "2", "--frames", "3", "--size", "16"]) == 0
-    assert len(images_in(tmp_path / "set")) == 6 and "2 clips of 3 frames of 16 x 16" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(images_in(tmp_path / "set")) == 6 and "2 clips of 3 frames of 16 x 16" in out
+    assert out.startswith(f"drawing the demo set in {tmp_path / 'set'}\n")
