@@ -155,6 +155,7 @@ class Scene:
         reach = math.hypot(self.sun[0], self.sun[1], 0.65)
         self.towards = (self.sun[0] / reach, self.sun[1] / reach, 0.65 / reach)
         self.canvas = np.zeros((3, size, size), np.float32)
+        self.colours = palette(f)
         self.branch = np.zeros((size, size), np.float32)  # its coverage, once it is drawn
 
     def window(self, x: float, y: float, scale: float) -> "Scene":
@@ -295,11 +296,11 @@ def draw_tail(s: Scene) -> None:
     """Draws the tail, behind the branch where that is there already."""
     x, y = rotate(s.x - s.f["x"], s.y, s.f["lean"], (0, 0.8))
     tail = ellipse(x, y, (0, 0.78), (0.17 * s.f["width"], 0.20))
-    s.paint(s.cover(tail) * (1 - s.branch), palette(s.f)["wing"], s.volume(tail, 0.15))
+    s.paint(s.cover(tail) * (1 - s.branch), s.colours["wing"], s.volume(tail, 0.15))
 
 
 def draw_owl(s: Scene) -> None:
-    f, colours, wide, scale = s.f, palette(s.f), s.f["width"], s.f["head"]
+    f, colours, wide, scale = s.f, s.colours, s.f["width"], s.f["head"]
     x, y = rotate(s.x - f["x"], s.y, f["lean"], (0, 0.8))  # leans about its feet
     head_x, head_y = rotate(x, y, f["tilt"], (0, -0.05))
     head_x, head_y = head_x / scale, (head_y + 0.27) / scale  # the head's middle is 0

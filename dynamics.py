@@ -15,6 +15,7 @@ from torch import Tensor
 
 import data
 import losses
+import pictures
 import training_step
 import update
 from model_definitions import Generator, Window
@@ -153,21 +154,28 @@ def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
 
 # ------------------------------------------------------------------------------------- algorithm
 
+def unrolled(generator: Generator, window: Window, count: int, frozen: bool = False) -> Tensor:
+    """Returns the next `count` codes, (B, count, LATENT_DIM). frozen: the window holds copies of its newest code only.
+    """
+    codes = []
+    for _ in range(count):
+        if frozen:
+            window = window._replace(codes=window.codes[:, :1].expand_as(window.codes))
+        codes.append(generator.layer.next_code(window))
+        window = window.followed_by(codes[-1])
+    return torch.stack(codes, dim=1)
+
+
 def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     """L = LAMBDA_CODE * |z_t - mu(x_t)|, over the unrolled frames, + LAMBDA_FRAME * (error of one rendered frame)
     + LAMBDA_MOTION * KL(q(v) || N(0, I)), as one term with values to log."""
-    layer = state.generator.layer
-    mean, logvar = layer.dynamics.posterior(*batch.around.unbind(1))
+    mean, logvar = state.generator.layer.dynamics.posterior(*batch.around.unbind(1))
     cold = batch.cold[:, None]
     mean, logvar = cold * mean, cold * logvar                                # v of a moving window is N(0, I)
     v = mean + torch.exp(0.5 * logvar) * batch.noise
     kl = losses.kl_divergence(mean, logvar) / c.COLD_SHARE
 
-    window, codes = Window(batch.codes, v, batch.anchor), []
-    for _ in range(batch.targets.shape[1]):
-        codes.append(layer.next_code(window))
-        window = window.followed_by(codes[-1])
-    codes = torch.stack(codes, dim=1)                                        # (B, K, LATENT_DIM)
+    codes = unrolled(state.generator, Window(batch.codes, v, batch.anchor), batch.targets.shape[1])
     code_error = ((codes - batch.targets).abs().mean(2) * batch.valid).mean()
 
     rendered = slice(None, None, RENDERED_EVERY)
@@ -214,16 +222,9 @@ def windows(c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor], count: in
     return Window(earlier, v.to(earlier.device), earlier[:, -1]), first
 
 
-def unrolled(generator: Generator, window: Window, count: int, frozen: bool = False) -> Tensor:
-    """Returns the next `count` codes, (B, count, LATENT_DIM). frozen: the window holds copies of its newest code only.
-    """
-    codes = []
-    for _ in range(count):
-        if frozen:
-            window = window._replace(codes=window.codes[:, :1].expand_as(window.codes))
-        codes.append(generator.layer.next_code(window))
-        window = window.followed_by(codes[-1])
-    return torch.stack(codes, dim=1)
+def rendered(generator: Generator, z: Tensor) -> Tensor:
+    """Returns the image of each code (N, LATENT_DIM) on its own, (N, C, H, W) in [-1, 1]."""
+    return torch.cat([generator(part) for part in z.split(CHUNK)])
 
 
 @torch.no_grad()
@@ -235,16 +236,13 @@ def measure(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tens
     if not len(first):
         return {}
 
-    def shown(z):
-        return torch.cat([generator(part) for part in z.split(CHUNK)])
-
     live, frozen = unrolled(generator, window, LONG), unrolled(generator, window, max(AHEAD), frozen=True)
-    copy, found = shown(window.codes[:, 0]), {}
+    copy, found = rendered(generator, window.codes[:, 0]), {}
     for ahead in AHEAD:
-        real = shown(codes[0][torch.from_numpy(first + ahead - 1).to(live.device)])
+        real = rendered(generator, codes[0][torch.from_numpy(first + ahead - 1).to(live.device)])
         by_copying = (copy - real).abs().mean()
         for name, z in ((f"r{ahead}", live), (f"r{ahead}_frozen", frozen)):
-            found[name] = ((shown(z[:, ahead - 1]) - real).abs().mean() / by_copying).item()
+            found[name] = ((rendered(generator, z[:, ahead - 1]) - real).abs().mean() / by_copying).item()
     found["z_growth"] = (live[:, -1].norm(dim=1).mean() / window.codes[:, 0].norm(dim=1).mean()).item()
     return found
 
@@ -272,3 +270,9 @@ def strips(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tenso
     real[torch.from_numpy(rows >= ends[:, None]).to(device)] = 0
     pairs = [row for pair in zip(real, found[0]) for row in pair]
     return [*pairs, *found[1]]
+
+
+def strip_sheet(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor]) -> np.ndarray:
+    """Returns the rows of `strips` as one picture, uint8 (H, W, 3)."""
+    rows = strips(generator, c, image_set, codes)
+    return pictures.grid([image for row in rows for image in data.to_arrays(row)], columns=len(rows[0]))

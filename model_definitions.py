@@ -652,7 +652,6 @@ class Generator(nn.Module):
                 earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
             yield image, alpha
 
-
     def roll(self, window: Window, earlier: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
         The Transformer predicts each code from the codes before, and reads the images that were made before, at the

@@ -260,8 +260,7 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
     name = f"step_{state.counters['step']:08d}"
     if state.codes is not None:                  # stage 2 of a run on clips
-        rows = dynamics.strips(state.ema, c, image_set, state.codes)
-        sheets["motion"] = pictures.grid([image for row in rows for image in data.to_arrays(row)], columns=len(rows[0]))
+        sheets["motion"] = dynamics.strip_sheet(state.ema, c, image_set, state.codes)
     for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
     video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]

@@ -39,7 +39,6 @@ import report
 import run_state
 import update
 from command_line import InputError, RunError
-from dynamics import motion_step
 from run_log import Log, NoLog, is_sample_step, print_line, print_start, write_samples
 from training_step import training_step
 
@@ -80,13 +79,17 @@ def check_batch_size(c: SimpleNamespace, ranks: distributed.Ranks) -> None:
                          + f": must be a multiple of {pieces}, such as {f'{low} or ' if low else ''}{low + pieces}")
 
 
+def demo_folder(c: SimpleNamespace) -> Path:
+    """Returns the folder of the demo set that a run without DATA trains on."""
+    return Path(c.RUNS_DIR) / f"demo_{'clips' if c.FOLDERS == 'clips' else 'images'}_{c.IMAGE_SIZE}"
+
+
 def load_data(c: SimpleNamespace) -> data.ImageSet:
     """Returns the images of DATA, or of the demo set; prints the skipped files."""
     root = c.DATA
     if not root:
-        clips = c.FOLDERS == "clips"
-        root = Path(c.RUNS_DIR) / f"demo_{'clips' if clips else 'images'}_{c.IMAGE_SIZE}"
-        (demo_images.make_clips if clips else demo_images.make)(root, size=c.IMAGE_SIZE)
+        root = demo_folder(c)
+        (demo_images.make_clips if c.FOLDERS == "clips" else demo_images.make)(root, size=c.IMAGE_SIZE)
     return data.load_images_of_run(root, c)
 
 
@@ -215,7 +218,7 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
-            step = motion_step if dynamics.is_stage_2(state, c) else training_step
+            step = dynamics.motion_step if dynamics.is_stage_2(state, c) else training_step
             values = step(state, c, image_set)
             if must_wait(state, c):
                 state.count_skipped()

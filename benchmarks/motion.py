@@ -27,7 +27,9 @@ import data
 import demo_images
 import dynamics
 import pictures
+import training
 from command_line import InputError, positive
+from dynamics import rendered
 from model_definitions import Generator, load_generator
 from training_step import read_images
 
@@ -89,11 +91,6 @@ def train_reader(generator: Generator, image_set: data.ImageSet, target: Tensor,
     return reader.requires_grad_(False)
 
 
-def rendered(generator: Generator, z: Tensor) -> Tensor:
-    """Returns images in [-1, 1] of codes, each on its own."""
-    return torch.cat([generator(part) for part in z.split(BATCH)])
-
-
 def linear_map(image_set: data.ImageSet, mu: Tensor, window: Tensor, count: int) -> Tensor:
     """Returns the next `count` codes after windows (B, P, LATENT_DIM), (B, count, LATENT_DIM), from a linear map of
     codes, fitted to the training clips by ridge regression."""
@@ -115,9 +112,9 @@ def linear_map(image_set: data.ImageSet, mu: Tensor, window: Tensor, count: int)
 
 
 @torch.no_grad()
-def measure(generator: Generator, c, image_set: data.ImageSet, target: Tensor, reader: Position) -> dict[str, dict]:
-    """Returns {predictor: {"r1": ratio, ..., "p1": pixels, ...}}, and the number of windows."""
-    codes = dynamics.encode_frames(generator.vae, image_set, torch.device("cpu"))
+def measure(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor], target: Tensor,
+            reader: Position) -> dict[str, dict]:
+    """Returns {predictor: {"r1": ratio, ..., "p1": pixels, ...}}."""
     window, first = dynamics.windows(c, image_set, codes, CLIPS, STARTS, max(AHEAD))
     if not len(first):
         raise InputError(f"the clips are too short: must have more than {max(AHEAD)} frames")
@@ -154,19 +151,17 @@ def start(argv: Sequence[str] | None) -> None:
     generator, c, _ = load_generator(flags.run)
     if c.FOLDERS != "clips":
         raise InputError(f"{flags.run}: trained on still images: must be a run with --folders clips")
-    root = Path(c.DATA or Path(c.RUNS_DIR) / f"demo_clips_{c.IMAGE_SIZE}")
+    root = Path(c.DATA or training.demo_folder(c))
     image_set = data.load_images_of_run(root, c, data.cache_elsewhere(None))
     target = positions(image_set, root)
     reader = train_reader(generator, image_set, target, flags.steps)
     names = [*(f"r{ahead}" for ahead in MEASURED), *(f"p{ahead}" for ahead in AHEAD)]
     print(f"| {' | '.join(['', *names])} |\n|{' --- |' * (1 + len(names))}")
-    for name, values in measure(generator, c, image_set, target, reader).items():
+    codes = dynamics.encode_frames(generator.vae, image_set, torch.device("cpu"))
+    for name, values in measure(generator, c, image_set, codes, target, reader).items():
         print(f"| {' | '.join([name, *(f'{values[key]:.3g}' if key in values else '' for key in names)])} |")
     if flags.strip:
-        codes = dynamics.encode_frames(generator.vae, image_set, torch.device("cpu"))
-        rows = dynamics.strips(generator, c, image_set, codes)
-        pictures.save_picture(flags.strip, pictures.grid([image for row in rows for image in data.to_arrays(row)],
-                                                         columns=len(rows[0])))
+        pictures.save_picture(flags.strip, dynamics.strip_sheet(generator, c, image_set, codes))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
