@@ -42,7 +42,6 @@ ALPHA_PER_CHANNEL = False   # one alpha per pixel and channel instead of one per
 VIDEO_SHIFT = 0.06          # largest shift of a frame, share of IMAGE_SIZE
 VIDEO_BRIGHTNESS = 0.1      # largest brightness change of a frame, share of the range 0 to 1
 VIDEO_NOISE = 0.05          # standard deviation of the last frame's noise, share of the range 0 to 1
-FEEDBACK_PROB = 0.0         # share of the updates whose video holds images from a short walk in latent space instead of modified copies
 
 # ------------------------------------------------------------------------------------- losses
 LAMBDA_GP = 10.0            # weight of the gradient penalty (Gulrajani et al. 2017)

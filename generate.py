@@ -11,8 +11,6 @@ of images. Also: --interpolate, --direction (between the images of two folders),
 --mode of a video:
     walk        a path through --keyframes random points
     keyframes   a path through --photos, each encoded
-    feedback    a walk whose Transformer reads the images before in place of modified copies, so that each alpha
-                depends on the images that earlier alphas made
     synthetic   the synthetic video of training, left as the decoder made it, right through the layer
     progress    the images of one z at each sample of the training, from RUN/samples
 """
@@ -24,7 +22,6 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 import argparse
 import collections
 import concurrent.futures
-import itertools
 import sys
 import time
 from argparse import Namespace
@@ -51,7 +48,7 @@ WAITING_LIMIT = 64                                # images that wait to be writt
 STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)          # along a principal axis, in standard deviations of encoded images
 EDITS = (-1, -0.5, 0, 0.5, 1, 1.5)                # along a direction between folders: 1 leads from A's mean to B's
 INTERPOLATED = 9                                  # images from one photo to the other, both included
-MODES = ("walk", "keyframes", "feedback", "synthetic", "progress")
+MODES = ("walk", "keyframes", "synthetic", "progress")
 
 
 # ------------------------------------------------------------------------------------- rendering
@@ -255,7 +252,7 @@ def make_video(generator: Generator, c: SimpleNamespace, flags: Namespace) -> No
 # Each of the following functions returns frames, uint8 (H, W, 3), computed when they are asked for, and their number.
 
 def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
-    """--mode walk, keyframes, feedback: a path in latent space."""
+    """--mode walk, keyframes: a path in latent space."""
     if flags.mode == "keyframes":
         _, photos = read_photos(flags.photos, c)
         if len(photos) < 2:
@@ -265,21 +262,7 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, c.LATENT_DIM)
     count = max(2, round(flags.seconds * flags.fps))
     z = latent_space.walk(keyframes, count, flags.loop)
-    images = feedback_images(generator, z, flags.loop) if flags.mode == "feedback" else render(generator, z)
-    return (pictures.grid([image]) for image in images), count
-
-
-@torch.inference_mode()
-def feedback_images(generator: Generator, z: Tensor, loop: bool) -> Iterator[np.ndarray]:
-    """Yields the image of each z (N, LATENT_DIM) from Generator.feedback, uint8 (H, W, C).
-
-    A loop first runs through its last T-1 frames without yielding them, so that the frames before its first frame are
-    those at its end.
-    """
-    lead = min(len(z), generator.layer.video.num_frames - 1) if loop else 0
-    z = on_device(generator, torch.cat([z[len(z) - lead:], z]))
-    for image, _ in itertools.islice(generator.feedback(z), lead, None):
-        yield data.to_arrays(image)[0]
+    return (pictures.grid([image]) for image in render(generator, z)), count
 
 
 @torch.inference_mode()
@@ -360,7 +343,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         pictures.check_video(flags.video, flags.fps)
         if flags.mode == "keyframes" and not flags.photos:
             raise InputError("--mode keyframes needs --photos PHOTO PHOTO ...")
-        if flags.mode in ("walk", "feedback") and flags.keyframes < 2:
+        if flags.mode == "walk" and flags.keyframes < 2:
             raise InputError(f"--keyframes {flags.keyframes} is invalid: must be 2 or more")
     if flags.photos and not flags.direction and not (flags.video and flags.mode == "keyframes"):
         raise InputError("--photos is only for --direction and for --video with --mode keyframes")

@@ -636,22 +636,6 @@ class Generator(nn.Module):
         """z (B, LATENT_DIM) -> the synthetic video that the Transformer reads, (B, T*C, H, W), near [0, 1]."""
         return self.layer.frames(self.vae.decode(z), changes=changes)
 
-    def feedback(self, z: Iterable[Tensor], frozen: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields image and alpha of each z (LATENT_DIM,) in turn, each of batch size 1. The Transformer reads the
-        current image and the T-1 images before it, at the start copies of the first one.
-
-        frozen=True keeps those copies for all frames, for comparison.
-        """
-        earlier = None
-        for point in z:
-            if earlier is None:
-                first = self.layer.displayed(self.vae.decode(point[None]))
-                earlier = first.repeat(1, self.layer.video.num_frames - 1, 1, 1)
-            image, alpha = self.image_and_alpha(point[None], earlier)
-            if not frozen:
-                earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
-            yield image, alpha
-
     def roll(self, window: Window, earlier: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
         The Transformer predicts each code from the codes before, and reads the images that were made before, at the

@@ -15,23 +15,14 @@ import torch
 from torch import Tensor
 
 import data
-import latent_space
 import losses
 import update
 from model_definitions import Changes, Generator
 
 CLIP_SAMPLE = 6                # frames of a clip from which it is known where an image of it moves
-WALK_POINTS = 3                # images on the walk of a feedback update; each one fills several frames of the video
-WALK_LENGTH = 0.5              # largest length of the walk, as a share of the arc from z to another point
 
 
 # ------------------------------------------------------------------------------------- batch
-
-class Walk(NamedTuple):
-    """The walk in latent space that leads to the z of a feedback update."""
-    origin: Tensor                            # (B, LATENT_DIM) from N(0, I)
-    share: Tensor                             # (B, 1) in [0, 1): the walk's length as a share of WALK_LENGTH
-
 
 class Generated(NamedTuple):
     """The generator's pass over a batch, for both updates."""
@@ -51,7 +42,6 @@ class Batch:
     posterior_noise: Tensor                   # (B, LATENT_DIM) from N(0, I), for the reconstructions
     e: Tensor                                 # (B,) in [0, 1), for x_hat
     changes: Changes                          # of the synthetic video, for the whole batch
-    walk: Walk | None = None                  # in feedback updates
     others: Tensor | None = None              # (B, K*C, H, W) in [-1, 1]: K frames of each image's clip
     first: int = 0                            # position of the first image in the batch of BATCH_SIZE
     shared: bool = False                      # both updates use one pass of the generator
@@ -64,19 +54,18 @@ class Batch:
 
         return [Batch(part(self.real, start), part(self.z, start), part(self.posterior_noise, start),
                       part(self.e, start), self.changes,
-                      self.walk and Walk(part(self.walk.origin, start), part(self.walk.share, start)),
                       None if self.others is None else part(self.others, start), self.first + start)
                 for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor that is drawn."""
-        return [self.real, self.z, self.posterior_noise, self.e, *self.changes, *(self.walk or ()),
+        return [self.real, self.z, self.posterior_noise, self.e, *self.changes,
                 *([] if self.others is None else [self.others])]
 
     @property
-    def kind(self) -> bool:
+    def kind(self) -> str:
         """Batches of one kind can share a CUDA graph."""
-        return self.walk is None
+        return "images"
 
 
 def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
@@ -87,10 +76,6 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         return to_device(function(shape, generator=state.rng(c, purpose, critic_update))[mine], state.device)
 
     changes = state.generator.layer.video.draw(state.rng(c, "video", critic_update))
-    walk, rng = None, state.rng(c, "feedback", critic_update)
-    if c.NUM_FRAMES > 1 and torch.rand((), generator=rng) < c.FEEDBACK_PROB:
-        walk = Walk(*(to_device(tensor[mine], state.device) for tensor in (
-            torch.randn(c.BATCH_SIZE, c.LATENT_DIM, generator=rng), torch.rand(c.BATCH_SIZE, 1, generator=rng))))
     rows, flips = rows_of_images(state, c, image_set, critic_update)
     others = None
     if image_set.clip_offsets is not None:
@@ -101,7 +86,7 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
                  draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.rand, "between", c.BATCH_SIZE),
-                 Changes(*(to_device(tensor, state.device) for tensor in changes)), walk, others, mine.start)
+                 Changes(*(to_device(tensor, state.device) for tensor in changes)), others, mine.start)
 
 
 def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -146,24 +131,8 @@ def generate(generator: Generator, batch: Batch) -> Generated:
     """Fakes from z and reconstructions of the real images, in one pass through decoder and layer."""
     mu, logvar = generator.vae.encode(batch.real)
     z = torch.cat([batch.z, generator.vae.reparameterize(mu, logvar, batch.posterior_noise)])
-    walk = batch.walk and Walk(*(torch.cat([tensor, tensor]) for tensor in batch.walk))
-    image, alpha = generator.image_and_alpha(z, earlier_images(generator, z, batch.changes, walk), batch.changes)
+    image, alpha = generator.image_and_alpha(z, changes=batch.changes)
     return Generated(*image.chunk(2), alpha, mu, logvar)
-
-
-@torch.no_grad()
-def earlier_images(generator: Generator, z: Tensor, changes: Changes, walk: Walk | None) -> Tensor | None:
-    """The T-1 images before z on its walk, newest first, (B, (T-1)*C, H, W) in [0, 1]; None without a walk.
-
-    The images of WALK_POINTS points of the walk, each in several frames, with alphas from synthetic videos: one image
-    per frame would take as long as several steps. No gradient flows through them.
-    """
-    if walk is None:
-        return None
-    frames = generator.layer.video.num_frames - 1
-    distances = [WALK_LENGTH * walk.share * i / WALK_POINTS for i in range(1, WALK_POINTS + 1)]
-    images = [generator(latent_space.spherical(z, walk.origin, t), changes=changes) for t in distances]
-    return torch.cat([(1 + images[i * WALK_POINTS // frames]) / 2 for i in range(frames)], dim=1)
 
 
 def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
@@ -172,7 +141,7 @@ def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
         batch.generated = generate(generator, batch)
         return batch.generated.fake.detach()
     with torch.no_grad():
-        return generator(batch.z, earlier_images(generator, batch.z, batch.changes, batch.walk), batch.changes)
+        return generator(batch.z, changes=batch.changes)
 
 
 # ------------------------------------------------------------------------------------- algorithm

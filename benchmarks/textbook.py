@@ -8,7 +8,7 @@ Weights and random draws are training_step.py's, everything else is written agai
 - the penalty's inner gradient comes from torch.autograd.grad,
 - default Adam, EMA per parameter, tensors in torch's default layout, no weights frozen.
 
-A test compares the gradients of a whole step in float64; step.py compares losses and speed. Without feedback updates.
+A test compares the gradients of a whole step in float64; step.py compares losses and speed.
 """
 
 import copy

@@ -14,7 +14,6 @@ from conftest import SMALL
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import counting
-import feedback
 import motion
 import step
 
@@ -162,25 +161,12 @@ def test_disk_compares_read_batch_with_plain_reads_and_deletes_its_file(start, t
     ("loader.py --data /nowhere --repeats 0", "--repeats 1 or more"), ("peers/dcgan.py --data /nowhere", "/nowhere"),
     ("quality.py --data set --count 9", "must be 36 or more"), ("quality.py --data a/set b/set", "names of the"),
     ("distributed.py --processes 1", "--processes 1"), ("soak.py --kills 0", "must be above 0"),
-    ("feedback.py /nowhere", "/nowhere"), ("alpha.py /nowhere", "/nowhere"), ("alpha.py RUN --count 1", "must be 4"),
+    ("alpha.py /nowhere", "/nowhere"), ("alpha.py RUN --count 1", "must be 4"),
     ("ablation.py --csv none.csv", "contains no rows"), ("ablation.py --csv none.csv --only alpha", "--only"),
     ("ablation.py --csv none.csv -- --image-size 33", "--image-size 33")])
 def test_invalid_input_is_one_line_and_status_2(start, command, words):
     status, _, error = start(*command.split())
     assert status == 2 and error.count("\n") == 1 and words in error, error
-
-
-def test_feedback_compares_four_windows_at_two_places(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feedback, "PLACES", (12, 30))
-    monkeypatch.setattr(feedback, "REACH", 4)
-    assert run("--steps", "1") == 0
-    capsys.readouterr()
-    feedback.start([str(tmp_path / "runs" / "photos")])
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [(row[1].strip(), row[2].strip(), row[3].strip()) for row in rows] == [
-        (head, window, place) for head in ("trained", "random") for window in ("walk", "feedback", "frozen", "fixed")
-        for place in ("12", "30")]
-    assert all(float(row[5]) > 0 for row in rows)
 
 
 def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, capsys):

@@ -98,7 +98,7 @@ def start(float64, train):
 
 @pytest.mark.parametrize("ranks, flags", [
     (2, ["--micro-batch", "2", "--gp-every", "3", "--n-critic", "2", "--flip"]),
-    pytest.param(2, [], marks=pytest.mark.slow), pytest.param(4, ["--feedback-prob", "0.5"], marks=pytest.mark.slow)])
+    pytest.param(2, [], marks=pytest.mark.slow), pytest.param(4, [], marks=pytest.mark.slow)])
 def test_several_ranks_train_what_one_would(tmp_path, train, start, ranks, flags):
     """12 images in batches of 8: every second batch crosses the border of an epoch."""
     for run, count in (("one", 1), ("many", ranks)):

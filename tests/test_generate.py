@@ -115,8 +115,7 @@ def test_a_walk_shows_its_points_in_latent_space(make, generator, tmp_path, caps
     assert np.abs(np.subtract(frames_of(tmp_path / "v"), expected)).max() <= 1
 
 
-@pytest.mark.parametrize("mode, flag, count", [("walk", "--no-loop", 10), ("feedback", "--loop", 10),
-                                               ("feedback", "--no-loop", 10), ("progress", "--loop", 2)])
+@pytest.mark.parametrize("mode, flag, count", [("walk", "--no-loop", 10), ("progress", "--loop", 2)])
 def test_each_mode_writes_its_frames(make, tmp_path, mode, flag, count):
     make("--video", tmp_path / "v", "--mode", mode, "--seconds", 1, "--fps", 10, flag)
     frames = frames_of(tmp_path / "v")
@@ -145,35 +144,12 @@ def test_the_synthetic_video_is_the_layers_input_and_output(make, generator, tmp
         assert min(found) <= 1
 
 
-def test_a_feedback_loop_begins_as_after_a_whole_round(generator):
-    z = latent_space.walk(latent_space.draw_z(0, 0, 3, 16), 20)
-    twice = [data.to_arrays(image)[0].astype(int) for image, _ in generator.feedback(torch.cat([z, z]))]
-    loop = list(generate.feedback_images(generator, z, loop=True))
-    once = list(generate.feedback_images(generator, z, loop=False))
-    assert len(loop) == len(once) == 20
-    assert np.abs(loop[0] - twice[20]).mean() < np.abs(once[0] - twice[20]).mean() / 4
-
-
-def test_feedback_reads_the_images_before_and_frozen_the_first_one(generator):
-    z = latent_space.walk(latent_space.draw_z(0, 0, 3, 16), 4)
-    seen, alpha = [], generator.layer.alpha
-    generator.layer.alpha = lambda x, earlier, *others: seen.append(earlier) or alpha(x, earlier, *others)
-    images = [image for image, _ in generator.feedback(z)]
-    first = generator.layer.displayed(generator.vae.decode(z[:1]))
-    for frame, earlier in enumerate(seen):
-        expected = [(1 + image) / 2 for image in images[:frame][::-1]] + [first] * (3 - frame)
-        torch.testing.assert_close(earlier, torch.cat(expected, dim=1))
-    frozen = [image for image, _ in generator.feedback(z, frozen=True)]
-    assert torch.equal(frozen[0], images[0]) and not torch.allclose(frozen[-1], images[-1], atol=1e-4)
-
-
-@pytest.mark.parametrize("mode", ["walk", "feedback"])
-def test_frames_are_computed_when_they_are_asked_for(make, monkeypatch, mode):
+def test_frames_are_computed_when_they_are_asked_for(make, monkeypatch):
     """Memory of a long video does not grow with its length."""
     decoded, decode = [], model_definitions.VAE.decode
     monkeypatch.setattr(model_definitions.VAE, "decode", lambda vae, z: decoded.extend(z) or decode(vae, z))
     monkeypatch.setattr(pictures, "save_video", lambda file, frames, fps, loop: next(iter(frames)))
-    make("--video", "v", "--mode", mode, "--seconds", 100)
+    make("--video", "v", "--seconds", 100)
     assert 0 < len(decoded) <= 32
 
 

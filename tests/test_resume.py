@@ -76,7 +76,7 @@ def test_resuming_at_any_step_is_exact(whole, tmp_path, step):
     ("--flip", "--micro-batch", "2"), ("--n-critic", "2", "--gp-every", "3"),
     ("--batch-size", "5", "--recompute-activations"),
     ("--final-width", "4", "--decay-from-kimg", "0.008", "--decay-to-kimg", "0.03"),
-    ("--feedback-prob", "0.5", "--evaluate-every", "2", "--evaluate-count", "8")])
+    ("--evaluate-every", "2", "--evaluate-count", "8")])
 def test_resuming_is_exact_with(whole, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)        # scores without its features
     images, expected = whole(*flags)

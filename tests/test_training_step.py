@@ -94,8 +94,8 @@ def test_the_gradients_of_a_whole_step_equal_the_textbooks(float64, start, gradi
 @pytest.mark.parametrize("flags, others", [
     (("--micro-batch", "2"), ("--gp-every", "3")),
     (("--micro-batch", "1"), ("--gp-every", "3")),            # images 1 and 2 are micro-batches without a penalty
-    (("--micro-batch", "2"), ("--feedback-prob", "1", "--n-critic", "2")),
-    (("--recompute-activations", "--micro-batch", "2"), ("--feedback-prob", "1"))])
+    (("--micro-batch", "2"), ("--n-critic", "2")),
+    (("--recompute-activations", "--micro-batch", "2"), ())])
 def test_saving_memory_changes_no_gradient(float64, gradients_of_a_step, flags, others):
     whole, values = gradients_of_a_step(*NO_ZERO_GRADIENTS, *others)
     saving, saving_values = gradients_of_a_step(*NO_ZERO_GRADIENTS, *others, *flags)
@@ -117,7 +117,7 @@ def test_recomputing_keeps_fewer_activations(start):
 # ------------------------------------------------------------------------------------- randomness
 
 def test_a_step_leaves_the_global_generators_alone(start):
-    state, c, image_set = start("--flip", "--feedback-prob", "1")
+    state, c, image_set = start("--flip")
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     training_step.training_step(state, c, image_set)
     assert torch.equal(before, torch.get_rng_state()) and np.array_equal(numpy_before, np.random.get_state()[1])
@@ -217,33 +217,6 @@ def test_constant_alpha_trains_without_the_transformer(start):
     assert torch.equal(weights(layer), before) and all(p.grad is None for p in layer.parameters())
 
 
-# ------------------------------------------------------------------------------------- feedback
-
-def test_earlier_images_are_a_walk_that_ends_at_the_image(start):
-    state, c, image_set = start("--feedback-prob", "1", "--num-frames", "16")
-    batch = training_step.draw_batch(state, c, image_set, 0)
-    earlier = training_step.earlier_images(state.generator, batch.z, batch.changes, batch.walk)
-    assert earlier.shape == (4, 15 * 3, 32, 32) and not earlier.requires_grad
-    assert earlier.min() >= 0 and earlier.max() <= 1
-    with torch.no_grad():
-        now = (1 + state.generator(batch.z, changes=batch.changes)) / 2
-    distance = [(frame - now).abs().mean().item() for frame in earlier.chunk(15, dim=1)]
-    assert distance == sorted(distance) and 0 < distance[0] < 0.7 * distance[-1]
-    still = batch.walk._replace(share=torch.zeros_like(batch.walk.share))
-    earlier = training_step.earlier_images(state.generator, batch.z, batch.changes, still)
-    torch.testing.assert_close(earlier, now.repeat(1, 15, 1, 1))
-
-
-def test_feedback_updates_come_with_their_probability_and_change_the_image(start):
-    state, c, image_set = start("--feedback-prob", "0.3")
-    chosen = 0
-    for state.counters["step"] in range(200):
-        chosen += training_step.draw_batch(state, c, image_set, 0).walk is not None
-    assert 40 <= chosen <= 80                                      # 60, with a standard deviation of 6.5
-    steps = [training_step.training_step(*start("--feedback-prob", share)) for share in ("0", "1")]
-    assert steps[0]["kl"] == steps[1]["kl"] and steps[0]["alpha_mean"] != steps[1]["alpha_mean"]
-
-
 # ------------------------------------------------------------------------------------- precision, CUDA
 
 def test_scores_gradient_norms_alpha_and_image_stay_float32_under_bfloat16_autocast(start):
@@ -331,7 +304,7 @@ def test_a_step_on_cuda_waits_for_the_device_at_most_once(start):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
-@pytest.mark.parametrize("flags", [(), ("--n-critic", "2"), ("--feedback-prob", "0.5"), ("--micro-batch", "2"),
+@pytest.mark.parametrize("flags", [(), ("--n-critic", "2"), ("--micro-batch", "2"),
                                    ("--recompute-activations",)])
 def test_a_recorded_step_equals_a_plain_step(flags, start):
     """In full float32, so that only the order of sums differs."""
