@@ -15,7 +15,17 @@ import numpy as np
 from PIL import Image
 
 import image_files
-from image_files import Decoded, check_file, check_size, conversion_to_srgb, counted, open_picture, to_pixels
+from errors import InputError
+from image_files import (
+    Decoded,
+    check_file,
+    check_size,
+    conversion_to_srgb,
+    counted,
+    open_picture,
+    printable,
+    to_pixels,
+)
 
 if TYPE_CHECKING:
     from image_cache import Cache
@@ -189,6 +199,18 @@ def _video(path, settings, stride):
                     turn = TURNS.get(round(frame.rotation / 90) % 4)    # rotation: in degrees, counterclockwise
                     size = picture.size[::-1] if turn in image_files.TURNED else picture.size
                     yield to_pixels(picture, settings, conversion, turn)[0], size
+
+
+def last_frames(path: str | os.PathLike, settings: tuple[int, int, int], stride: int, count: int) -> list[np.ndarray]:
+    """Returns the last `count` of every stride-th frames of a video or animated file, (H, W, C) uint8, the file's last
+    one included. Raises InputError."""
+    frames = (_video if os.fspath(path).lower().endswith(VIDEOS) else _animation)(path, settings, 1)
+    last = collections.deque(maxlen=(count - 1) * stride + 1)
+    while frame := _next(frames):
+        if isinstance(frame, Decoded):
+            raise InputError(f"{printable(path)}: {frame.reason}")
+        last.append(frame[0])
+    return list(last)[::-stride][::-1]
 
 
 def decode_video(path: str | os.PathLike, settings: tuple[int, int, int], stride: int,

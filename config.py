@@ -52,7 +52,7 @@ LAMBDA_KL = 12.0            # weight of KL / (C*H*W), scaled alike; LAMBDA_KL / 
 
 # ------------------------------------------------------------------------------------- video, with FOLDERS = "clips"
 VAE_KIMG = 40.0             # clips: thousand images after which stage 1 ends: the VAE is frozen, and the Transformer starts to learn motion
-DYNAMICS_KIMG = 100.0       # clips: thousand images, and windows of stage 2, after which the run ends, if STEPS or MINUTES do not end it before
+DYNAMICS_KIMG = 100.0       # clips: thousand images, and windows of stage 2, after which stage 3 begins: decoder, Transformer and critics learn together
 MOTION_DIM = 6              # length of the motion code v: what a still start does not show, such as direction and speed
 MOTION_BATCH = 16           # windows of NUM_FRAMES - 1 frames per update of stage 2, over all processes, even
 MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on
@@ -60,6 +60,9 @@ COLD_SHARE = 0.4            # share of the windows that start still, as generate
 LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted codes
 LAMBDA_FRAME = 50.0         # weight of the mean absolute error of a rendered frame, larger where it moves
 LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts
+LAMBDA_PAIR = 0.3           # stage 3: weight of the scores of the two critics of pairs of frames
+JOINT_LEARNING_RATE = 4e-4  # Adam's learning rate for the decoder in stage 3 ...
+JOINT_LAYER_RATE = 2e-4     # ... and for TransformerParamTanh
 
 # ------------------------------------------------------------------------------------- optimisation
 BATCH_SIZE = 8              # images per update, over all processes; on two cores 8 is better in equal time than 16, a GPU needs 32 or more

@@ -85,6 +85,23 @@ def read_photo(path: PathLike, image_size: int, channels: int, background: int =
     return decoded.pixels
 
 
+def read_clip(path: PathLike, c, count: int) -> list[np.ndarray]:
+    """Returns the last `count` frames of one clip, or all if it has fewer, (H, W, C) uint8 each, decoded as in a run
+    with the constants c. Raises InputError."""
+    settings = c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND
+    if os.path.isdir(path):
+        names = sorted((name for name in find_files(path)[0] if not os.path.dirname(name)), key=clips.natural_order)
+        found = [read_photo(os.path.join(path, name), *settings) for name in names[::-c.CLIP_STRIDE][:count][::-1]]
+    elif os.path.exists(path) and not os.fspath(path).lower().endswith(clips.VIDEOS) and not clips.is_animated(path):
+        raise InputError(f"{printable(path)}: no clip: must be a folder of frames, an animated .gif or .webp, or a "
+                         f"video: {' '.join(clips.VIDEOS)}")
+    else:
+        found = clips.last_frames(path, settings, c.CLIP_STRIDE, count)
+    if not found:
+        raise InputError(f"{printable(path)}: contains no frames")
+    return found
+
+
 # ------------------------------------------------------------------------------------- finding files
 
 def find_files(root: PathLike, leave_out: PathLike | None = None, videos: bool = False) -> tuple[dict, list]:

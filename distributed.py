@@ -115,16 +115,16 @@ def is_collective_error(error: RuntimeError) -> bool:
 # ------------------------------------------------------------------------------------- tensors
 
 def average_gradients(ranks: Ranks, model: torch.nn.Module) -> None:
-    """Replaces each gradient by its mean over all ranks, a missing one as zeros: one all_reduce of one flat tensor."""
+    """Replaces each gradient by its mean over all ranks: one all_reduce of one flat tensor. A part of the model that
+    has no gradient must have none on any rank."""
     if ranks.size == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= ranks.size
-    for p, gradient, part in zip(parameters, gradients, flat.split([p.numel() for p in parameters])):
-        p.grad = gradient.copy_(part.view(gradient.shape))
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def reduce_values(ranks: Ranks, values: dict, reductions: dict) -> dict:

@@ -190,12 +190,14 @@ def torchscript_extractor(file: str, device: torch.device | str) -> Extractor:
 # ------------------------------------------------------------------------------------- images and scores
 
 @torch.inference_mode()
-def generate(generator: nn.Module, latent_dim: int, count: int, seed: int, share: tuple[int, int] = (0, 1)) -> Tensor:
-    """Returns `count` images from noise, uint8 (count, C, H, W) on the CPU. share (i, n): only the i-th of n parts."""
+def generate(generator: nn.Module, latent_dim: int, count: int, seed: int, share: tuple[int, int] = (0, 1),
+             image_of: Callable | None = None) -> Tensor:
+    """Returns `count` images from noise, uint8 (count, C, H, W) on the CPU. share (i, n): only the i-th of n parts.
+    image_of: from noise (B, latent_dim) to images (B, C, H, W); None: the generator."""
     z = torch.randn(count, latent_dim, generator=random_keys.torch_generator(seed, "evaluate"))
     z = z.tensor_split(share[1])[share[0]]
     device = next(generator.parameters()).device
-    return torch.cat([data.to_uint8(generator(part.to(device))).cpu()
+    return torch.cat([data.to_uint8((image_of or generator)(part.to(device))).cpu()
                       for part in progress(z.split(GENERATED_BATCH), "generating")])
 
 

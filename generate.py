@@ -2,6 +2,7 @@
 
     python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and seed1_grid.png
     python generate.py RUN --video walk.mp4 --seconds 8         # a looping walk; or .webp, .gif, a new folder
+    python generate.py RUN --video v.mp4 --mode roll --grid 4x4 # of a model of clips: videos that start from noise
     python generate.py RUN --reconstruct PHOTO ...              # photos through encoder and decoder
 
 RUN is a run's folder, or a single checkpoint or weights file. Image i of a seed is always the same, whatever the number
@@ -11,6 +12,7 @@ of images. Also: --interpolate, --direction (between the images of two folders),
 --mode of a video:
     walk        a path through --keyframes random points
     keyframes   a path through --photos, each encoded
+    roll        a model of clips: what follows, frame by frame, from noise, from --photos, or from the end of a --clip
     synthetic   the synthetic video of training, left as the decoder made it, right through the layer
     progress    the images of one z at each sample of the training, from RUN/samples
 """
@@ -22,6 +24,8 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 import argparse
 import collections
 import concurrent.futures
+import itertools
+import re
 import sys
 import time
 from argparse import Namespace
@@ -39,8 +43,9 @@ import command_line
 import data
 import latent_space
 import pictures
+import random_keys
 from command_line import InputError, positive
-from model_definitions import Generator, load_generator
+from model_definitions import Generator, Window, load_generator
 
 BATCH = 16                                        # images per pass through the generator
 GRID_LIMIT = 256                                  # images on a sheet at most
@@ -48,7 +53,7 @@ WAITING_LIMIT = 64                                # images that wait to be writt
 STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)          # along a principal axis, in standard deviations of encoded images
 EDITS = (-1, -0.5, 0, 0.5, 1, 1.5)                # along a direction between folders: 1 leads from A's mean to B's
 INTERPOLATED = 9                                  # images from one photo to the other, both included
-MODES = ("walk", "keyframes", "synthetic", "progress")
+MODES = ("walk", "keyframes", "roll", "synthetic", "progress")
 
 
 # ------------------------------------------------------------------------------------- rendering
@@ -242,6 +247,8 @@ def make_video(generator: Generator, c: SimpleNamespace, flags: Namespace) -> No
     if flags.mode in ("progress", "synthetic"):
         frames, count = progress_frames(flags.run) if flags.mode == "progress" else synthetic_frames(generator, flags)
         fps, loop = min(fps, max(1, count / flags.seconds)), False           # a fixed number of frames over --seconds
+    elif flags.mode == "roll":
+        (frames, count), loop = rolled_frames(generator, c, flags), False
     else:
         frames, count = path_frames(generator, c, flags)
     motion = Motion()
@@ -263,6 +270,36 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
     count = max(2, round(flags.seconds * flags.fps))
     z = latent_space.walk(keyframes, count, flags.loop)
     return (pictures.grid([image]) for image in render(generator, z)), count
+
+
+def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
+    """--mode roll: a grid of videos, each with a motion code of its own."""
+    if c.FOLDERS != "clips" or flags.images_seen < 1000 * c.VAE_KIMG:
+        why = "has not learned motion yet, it is in stage 1" if c.FOLDERS == "clips" else "was trained on still images"
+        raise InputError(f"{flags.run} {why}: must be a run of training.py --folders clips, from stage 2 on")
+    columns, rows = flags.grid
+    cells, past = columns * rows, c.NUM_FRAMES - 1
+    v = torch.stack([torch.randn(c.MOTION_DIM, generator=random_keys.torch_generator(flags.motion_seed, "motion", i))
+                     for i in range(cells)])
+    if flags.clip:
+        codes = latent_space.encode(generator.vae, data.read_clip(flags.clip, c, past)).flip(0)       # newest first
+        codes = torch.cat([codes, codes[-1:].expand(past - len(codes), -1)]).expand(cells, -1, -1)
+        window = Window(codes, v, codes[:, -1])
+    else:
+        z = latent_space.draw_z(flags.seed, 0, cells, c.LATENT_DIM)
+        if flags.photos:
+            z = latent_space.encode(generator.vae, read_photos(flags.photos, c)[1])
+            z = z[torch.arange(cells) % len(z)]
+        window = Window.still(z, v, past)
+    count = max(2, round(flags.seconds * flags.fps))
+    return itertools.islice(roll(generator, window, columns), count), count
+
+
+@torch.inference_mode()
+def roll(generator: Generator, window: Window, columns: int) -> Iterator[np.ndarray]:
+    """Yields the frames after the windows as grids, without end."""
+    for image, _ in generator.roll(Window(*(on_device(generator, tensor) for tensor in window))):
+        yield pictures.grid(data.to_arrays(image), columns)
 
 
 @torch.inference_mode()
@@ -324,11 +361,24 @@ def make_parser() -> command_line.Parser:
                      help="the video ends where it began")
     how.add_argument("--keyframes", type=positive(int), default=6, metavar="N",
                      help="random points that a walk passes through [%(default)s]")
-    how.add_argument("--photos", nargs="+", default=[], metavar="PHOTO", help="for --mode keyframes and --direction")
+    how.add_argument("--photos", nargs="+", default=[], metavar="PHOTO",
+                     help="for --mode keyframes and --direction; for --mode roll, the first frames")
+    how.add_argument("--clip", metavar="CLIP", help="for --mode roll: a folder of frames or a video, to be continued")
+    how.add_argument("--motion-seed", type=int, metavar="N", help="for --mode roll: of the motion codes [--seed]")
+    how.add_argument("--grid", type=grid_size, default=(1, 1), metavar="4x3",
+                     help="for --mode roll: columns and rows of videos [1x1]")
     how.add_argument("--cache", metavar="DIR",
                      help="folder for decoded images [runs/.cache, else a temporary one]")
     how.add_argument("--device", default="auto", metavar="NAME", help="auto, cuda, mps or cpu [%(default)s]")
     return parser
+
+
+def grid_size(text: str) -> tuple[int, int]:
+    """"4x3" -> (4, 3)."""
+    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is invalid: must be columns x rows, such as 4x3, each 1 to 99")
+    return int(match[1]), int(match[2])
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -345,8 +395,17 @@ def parse(argv: Sequence[str] | None) -> Namespace:
             raise InputError("--mode keyframes needs --photos PHOTO PHOTO ...")
         if flags.mode == "walk" and flags.keyframes < 2:
             raise InputError(f"--keyframes {flags.keyframes} is invalid: must be 2 or more")
-    if flags.photos and not flags.direction and not (flags.video and flags.mode == "keyframes"):
-        raise InputError("--photos is only for --direction and for --video with --mode keyframes")
+    if flags.photos and not flags.direction and not (flags.video and flags.mode in ("keyframes", "roll")):
+        raise InputError("--photos is only for --direction and for --video with --mode keyframes or roll")
+    for name in ("clip", "motion_seed"):
+        if getattr(flags, name) is not None and not (flags.video and flags.mode == "roll"):
+            raise InputError(f"{command_line.flag(name)} is only for --video with --mode roll")
+    if flags.clip and flags.photos:
+        raise InputError("--clip and --photos both give the start of the video: must be one of them")
+    if flags.motion_seed is None:
+        flags.motion_seed = flags.seed
+    if flags.motion_seed < 0:
+        raise InputError(f"--motion-seed {flags.motion_seed} is invalid: must be 0 or more")
     run = Path(flags.run)
     flags.out = flags.out or (Path() if run.is_file() else run) / "generated"
     return flags
@@ -356,7 +415,7 @@ def start(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     device = command_line.choose_device(flags.device)
     generator, c, saved = load_generator(flags.run, device)
-    flags.axes = saved.get("axes")                         # written when the run ended
+    flags.axes, flags.images_seen = saved.get("axes"), saved["counters"]["images_seen"]      # axes: if the run ended
     for flag, make in SHEETS.items():
         if getattr(flags, flag):
             name, sheet = make(generator, c, flags)

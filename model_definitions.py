@@ -636,10 +636,11 @@ class Generator(nn.Module):
         """z (B, LATENT_DIM) -> the synthetic video that the Transformer reads, (B, T*C, H, W), near [0, 1]."""
         return self.layer.frames(self.vae.decode(z), changes=changes)
 
-    def roll(self, window: Window, earlier: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def roll(self, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
         The Transformer predicts each code from the codes before, and reads the images that were made before, at the
-        start `earlier`, as in TransformerParamTanh: the feedback loop, closed in time."""
+        start those of the window's codes: the feedback loop, closed in time."""
+        earlier = torch.cat([(1 + self(code)) / 2 for code in window.codes.unbind(1)], dim=1)
         while True:
             z = self.layer.next_code(window)
             image, _ = self.image_and_alpha(z, earlier, window=window)
@@ -662,6 +663,15 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
         recompute=c.RECOMPUTE_ACTIVATIONS, latent_dim=c.LATENT_DIM,
         motion_dim=c.MOTION_DIM if c.FOLDERS == "clips" else 0)
     return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+
+
+def build_pair_critics(c: SimpleNamespace) -> nn.ModuleDict | None:
+    """Returns the critics of pairs of frames (B, 3*C, H, W), {"near": Discriminator, "far": Discriminator}, of a run on
+    clips, else None."""
+    if c.FOLDERS != "clips":
+        return None
+    return nn.ModuleDict({name: Discriminator(c.IMAGE_SIZE, 3 * c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+                          for name in ("near", "far")})
 
 
 def from_checkpoint(saved: dict, device="cpu") -> tuple[Generator, SimpleNamespace]:

@@ -53,6 +53,11 @@ VIDEO_BYTES = 500_000
 SCORE_TITLES = {"frechet": "Frechet distance", "kid": "KID \u00d7 1000", "sliced_wasserstein": "Sliced Wasserstein",
                 "reconstruction_kid": "Reconstructions' KID \u00d7 1000"}
 HIGHER_IS_BETTER = ("precision", "recall", "diversity")
+COURSES = {"contrast": ("Contrast", "Standard deviation of a frame's values, from -1 to 1."),
+           "drift": ("Colour drift", "Difference of a frame's mean colour from that of frame 0."),
+           "speed": ("Speed", "Mean absolute difference from the frame before."),
+           "acceleration": ("Acceleration", "Mean absolute second difference. Far above real clips, videos jitter."),
+           "length": ("Length of codes", "|z| / sqrt(LATENT_DIM). Level is good.")}
 
 
 # ------------------------------------------------------------------------------------- the files of a run
@@ -66,16 +71,16 @@ def read_run(folder: str | Path) -> SimpleNamespace:
     if not (folder / "config.json").is_file() and not (folder / "metrics.jsonl").is_file():
         raise InputError(f"{folder} holds no run, neither config.json nor metrics.jsonl: must be a folder such as "
                          "runs/NAME")
-    sheets, videos = {}, {}
+    sheets, videos, courses = {}, {}, {}
     for file in (folder / "samples").glob("step_*"):
-        if match := re.fullmatch(r"step_(\d+)_(?:(\w+)\.png|video\.gif)", file.name):
+        if match := re.fullmatch(r"step_(\d+)_(?:(\w+)\.png|video\.gif|course\.json)", file.name):
             if match[2] is None:
-                videos[int(match[1])] = file
+                (videos if file.suffix == ".gif" else courses)[int(match[1])] = file
             elif match[2] in KINDS:
                 sheets.setdefault(int(match[1]), {})[match[2]] = file
     return SimpleNamespace(
         name=folder.resolve().name, constants=parsed(read_text(folder / "config.json")),
-        rows=read_log(folder / "metrics.jsonl"), sheets=sheets, videos=videos,
+        rows=read_log(folder / "metrics.jsonl"), sheets=sheets, videos=videos, courses=courses,
         skipped=[line for line in read_text(folder / "skipped.txt").splitlines() if line.strip()],
         checkpoints=[file.name for file in checkpoints.step_files(folder / "checkpoints")])
 
@@ -197,10 +202,26 @@ def score_curves(rows: list[dict]) -> list[dict]:
     return found
 
 
+def course_curves(courses: dict[int, Path]) -> list[dict]:
+    """Returns the newest values along a video as curves: the line is that of generated videos, the band that of real
+    clips. A curve whose numbers are damaged is left out."""
+    saved, found = parsed(read_text(courses[max(courses)])) if courses else {}, []
+    for name, (title, words) in COURSES.items():
+        made, low, high = parts = [saved.get(name, {}).get(part) for part in ("made", "low", "high")]
+        if all(isinstance(part, list) and part and all(map(is_number, part)) for part in parts):
+            first = {"speed": 1, "acceleration": 2}.get(name, 0)         # frame of the first value
+            found.append({"key": "course_" + name, "title": title, "words": words, "newest": short(made[-1]),
+                          "x": list(range(first, first + len(made))), "y": made, "low": low, "high": high,
+                          "frames": first + len(made) - 1})
+    return found
+
+
 def facts(run: SimpleNamespace, step: int) -> list[str]:
     """Returns the line below the title, in parts."""
     steps, size = run.constants.get("STEPS"), run.constants.get("IMAGE_SIZE")
     found = [f"step {step:,.0f}" + (f" of {steps:,.0f}" if is_number(steps) and steps > 0 else "")]
+    if run.constants.get("FOLDERS") == "clips" and run.rows and is_number(run.rows[-1].get("stage")):
+        found.append(f"stage {run.rows[-1]['stage']:.0f} of 3")
     seen, seconds = columns(run.rows, "images_seen"), columns(run.rows, "seconds")[:, 0]
     if len(seen):
         found.append(f"{seen[-1, 0]:,.0f} images seen")
@@ -258,11 +279,12 @@ def points_in_time(sheets: dict[int, dict], count: int) -> tuple[list[dict], lis
     return points, list(index)
 
 
-def newest_video(videos: dict[int, Path]) -> dict | None:
+def newest_video(videos: dict[int, Path], courses: dict[int, Path]) -> dict | None:
     for step in sorted(videos, reverse=True):
         still, moving = picture(videos[step]), picture(videos[step], animated=True)
         if still and moving:
-            return {"step": step, "still": still[0], "moving": moving[0], "width": still[1], "height": still[2]}
+            return {"step": step, "still": still[0], "moving": moving[0], "width": still[1], "height": still[2],
+                    "synthetic": step not in courses}
     return None
 
 
@@ -278,7 +300,8 @@ def page(run: SimpleNamespace, live: bool, count: int) -> str:
         "name": run.name, "step": step, "written": int(time.time()), "reload_seconds": RELOAD_SECONDS if live else 0,
         "facts": facts(run, step), "progress": min(1, step / steps) if is_number(steps) and steps > 0 else None,
         "values": value_curves(run, step), "scores": score_curves(run.rows), "recent": RECENT,
-        "points": points, "pictures": sheets, "video": newest_video(run.videos),
+        "points": points, "pictures": sheets, "video": newest_video(run.videos, run.courses),
+        "courses": course_curves(run.courses),
         "alpha_scale": {"low": short(ranges.ALPHA_INIT / ranges.ALPHA_SPAN), "colours": pictures.HEAT_ANCHORS,
                         "high": short(ranges.ALPHA_INIT * ranges.ALPHA_SPAN)},
         "constants": [(name, json.dumps(value, ensure_ascii=False), json.dumps(defaults.get(name)),

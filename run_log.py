@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import checkpoints
 import data
-import dynamics
 import pictures
 import random_keys
+import rollouts
 
 PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
 WARN_AFTER = 5                 # logged lines in a row outside a `lost` range before the warning
@@ -98,27 +98,47 @@ HEALTHY = (
           "images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
           advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
                  "--learning-rate, a new run with another --seed, or look at the images in DATA"),
-    Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion."),
-    Value("motion_loss", "Motion loss", "Clips, stage 2: the sum of the next three values with their weights. It rises "
-          "when more frames are unrolled."),
-    Value("code_error", "Error of codes", "Clips, stage 2: mean absolute difference between the predicted codes of the "
-          "unrolled frames and mu of the real ones.", trend="falling", bar="code"),
-    Value("frame_error", "Error of frames", "Clips, stage 2: mean absolute difference between a rendered frame and the "
-          "real one, weighted by motion.", trend="falling", bar="frame"),
-    Value("motion_kl", "KL of v", "Clips, stage 2: what the motion code v says about a still start, in nats. At 0 "
-          "videos cannot choose a direction: lower LAMBDA_MOTION.", (0.5, 20), bar="v"),
-    Value("evaluate_r1", "Error 1 frame ahead", "Clips, stage 2: error of predicted frames of held-out clips, divided "
-          "by that of a copy of the last known frame. 1 is as bad as copying.", (0.1, 0.75)),
-    Value("evaluate_r4", "Error 4 frames ahead", "The same, 4 frames ahead.", (0.1, 0.8)),
-    Value("evaluate_r8", "Error 8 frames ahead", "The same, 8 frames ahead. The lowest makes best.pt.", (0.1, 0.9)),
+    Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion, 3 both; else 1."),
+    Value("motion_loss", "Motion loss", "Clips, stage 2: the sum of the next three values with their weights. It "
+          "rises when more frames are unrolled."),
+    Value("code_error", "Error of codes", "Clips, from stage 2 on: mean absolute difference between the predicted "
+          "codes of the unrolled frames and mu of the real ones.", bar="code"),
+    Value("frame_error", "Error of frames", "Clips, from stage 2 on: mean absolute difference between a rendered frame "
+          "and the real one, weighted by motion.", bar="frame"),
+    Value("motion_kl", "KL of v", "Clips, from stage 2 on: what the motion code v says about a still start, in nats. "
+          "At 0 videos cannot choose a direction: lower LAMBDA_MOTION.", (0.5, 20), bar="v"),
+    Value("pair_critics_loss", "Pair critics' loss", "Clips, stage 3: the sum of L_D of both critics of pairs."),
+    Value("near_score_gap", "Score gap, neighbours", "Clips, stage 3: as the score gap, of the critic of pairs of "
+          "neighbouring frames."),
+    Value("near_gradient_norm", "Gradient norm, neighbours", "The gradient norm of that critic.", (0.7, 2.5),
+          lost=(0, 10), advice="The critic diverges. Try a lower --critic-learning-rate or a higher --lambda-gp"),
+    Value("near_gradient_penalty", "Gradient penalty, neighbours", "That critic's penalty.", (0, 2)),
+    Value("far_score_gap", "Score gap, distant frames", "Clips, stage 3: as the score gap, of the critic of pairs that "
+          "are 8 to 15 frames apart. Steps with PREFIX 0 have none."),
+    Value("far_gradient_norm", "Gradient norm, distant frames", "The gradient norm of that critic.", (0.7, 2.5),
+          lost=(0, 10), advice="The critic diverges. Try a lower --critic-learning-rate or a higher --lambda-gp"),
+    Value("far_gradient_penalty", "Gradient penalty, distant frames", "That critic's penalty.", (0, 2)),
+    Value("evaluate_r1", "Error 1 frame ahead", "Clips, from stage 2 on: error of predicted frames of held-out "
+          "clips, divided by that of a copy of the last known frame. 1 is as bad as copying.", (0.1, 0.8)),
+    Value("evaluate_r4", "Error 4 frames ahead", "The same, 4 frames ahead.", (0.1, 0.9)),
+    Value("evaluate_r8", "Error 8 frames ahead", "The same, 8 frames ahead. In stage 2 the lowest makes best.pt.",
+          (0.1, 1.1)),
     Value("evaluate_r1_frozen", "Error 1 frame ahead, frozen", "The same from windows that hold copies of their last "
           "frame: it stays near 1 if the prediction comes from motion.", (0.8, 1.4)),
-    Value("evaluate_r4_frozen", "Error 4 frames ahead, frozen", "The same, 4 frames ahead.", (0.7, 1.4)),
-    Value("evaluate_r8_frozen", "Error 8 frames ahead, frozen", "The same, 8 frames ahead.", (0.6, 1.4)),
-    Value("evaluate_z_growth", "Growth of codes", "Length of the codes after 64 predicted frames, divided by that at "
-          "their start. Far below 1 videos fade, far above 1 they turn into noise.", (0.7, 1.3)),
+    Value("evaluate_r4_frozen", "Error 4 frames ahead, frozen", "The same, 4 frames ahead.", (0.7, 1.6)),
+    Value("evaluate_r8_frozen", "Error 8 frames ahead, frozen", "The same, 8 frames ahead.", (0.6, 1.8)),
+    Value("evaluate_contrast", "Contrast kept", "Clips, from stage 2 on: contrast of videos from noise after 64 "
+          "frames, divided by that of their first frame. Far below 1 videos fade.", (0.85, 1.15)),
+    Value("evaluate_z_growth", "Growth of codes", "Length of the codes after 64 frames of these videos, divided by "
+          "that of the first. Far below 1 videos fade, far above 1 they turn into noise.", (0.85, 1.15)),
+    Value("evaluate_speed", "Speed", "Median change from frame to frame in these videos, divided by that of clips.",
+          (0.7, 1.3)),
+    Value("evaluate_speed_95", "Speed of the fastest", "The same, 95% quantiles.", (0.5, 1.5)),
+    Value("evaluate_drift", "Colour drift", "How far the mean colour of frame 31 is from that of frame 0, divided by "
+          "the same in real clips.", (0, 2)),
     Value("images_per_second", "Images per second",
-          "Training speed since the line before, samples and checkpoints included. Clips, stage 2: windows.",
+          "Training speed since the line before, samples and checkpoints included. In stage 2 of clips, "
+          "windows: each stage has its own speed.",
           trend="level"),
     Value("skipped_updates", "Skipped updates",
           "Updates that were not applied because a gradient was not finite. A few are harmless.", (0, 0)),
@@ -207,11 +227,13 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
 
     encoder, transformer = count(vae.encoder, vae.to_mu, vae.to_logvar), count(layer.transformer, layer.to_s)
     motion = count(layer.dynamics) if layer.dynamics else 0
+    pair_critics = [("critics of pairs of frames", count(state.pair_critics))] if motion else []
     for part, parameters in (
             ("encoder", encoder), ("decoder", count(vae) - encoder),
             ("video and patch tokens", count(layer) - transformer - motion),
             ("Transformer and alpha head", transformer),
-            *([("code tokens and Delta head", motion)] if motion else []), ("critic", count(state.critic))):
+            *([("code tokens and Delta head", motion)] if motion else []), ("critic", count(state.critic)),
+            *pair_critics):
         print(f"{part:28}{parameters:12,} parameters")
     processes = f", {state.ranks.size} processes" if state.ranks.size > 1 else ""
     if image_set.clip_offsets is None:
@@ -220,8 +242,8 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
         return
     print(f"{len(image_set.train_clips):,} clips of {len(image_set.train):,} frames to train on, "
           f"{len(image_set.held_out_clips):,} clips held out; device {state.device}{processes}")
-    if np.diff(image_set.clip_offsets).max() <= max(dynamics.AHEAD):
-        print(f"warning: predictions are not measured, because no clip has more than {max(dynamics.AHEAD)} frames")
+    if np.diff(image_set.clip_offsets).max() <= max(rollouts.AHEAD):
+        print(f"warning: predictions are not measured, because no clip has more than {max(rollouts.AHEAD)} frames")
 
 
 # ------------------------------------------------------------------------------------- sample sheets
@@ -235,8 +257,8 @@ def is_sample_step(step: int, every: int) -> bool:
 
 @torch.no_grad()
 def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
-    """Writes sheets made from fixed noise and fixed images: real, generated, reconstructed, alpha, synthetic video, and
-    in stage 2 of a run on clips motion.
+    """Writes sheets made from fixed noise and fixed images: real, generated, reconstructed, alpha, and the synthetic
+    video; from stage 2 of a run on clips on, strips and an animation of videos instead of that, and values along them.
 
     Raises OSError, for example on a full disk.
     """
@@ -252,19 +274,33 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
 
     image, alpha = in_batches(state.ema.image_and_alpha, z)
     reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
-    frames = state.ema.frames(z[:4].to(state.device)).chunk(c.NUM_FRAMES, dim=1)        # T of (4, C, H, W)
 
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
     sheets = {kind: pictures.grid(data.to_arrays(part), columns) for kind, part in (
         ("real", data.to_image(real)), ("generated", image), ("reconstructed", reconstructed))}
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
     name = f"step_{state.counters['step']:08d}"
-    if state.codes is not None:                  # stage 2 of a run on clips
-        sheets["motion"] = dynamics.strip_sheet(state.ema, c, image_set, state.codes)
+    if state.codes is None:
+        frames = state.ema.frames(z[:4].to(state.device)).chunk(c.NUM_FRAMES, dim=1)        # T of (4, C, H, W)
+        video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
+    else:
+        videos = rollouts.videos(state.ema, c, image_set, state.codes)
+        sheets["motion"] = strips(videos)
+        video = [pictures.grid(data.to_arrays(frames), columns=rollouts.SHOWN)
+                 for frames in torch.cat(videos).unbind(1)]
+        with checkpoints.atomic_write(folder / f"{name}_course.json") as file:
+            file.write(json.dumps(rollouts.compared(state.ema, c, image_set, state.device)).encode())
     for kind, sheet in sheets.items():
         pictures.save_picture(folder / f"{name}_{kind}.png", sheet)
-    video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
     pictures.save_video(folder / f"{name}_video.gif", video, fps=8)
+
+
+def strips(videos: tuple[torch.Tensor, torch.Tensor, torch.Tensor], every: int = 2) -> np.ndarray:
+    """Returns rollouts.videos as one picture: pairs of rows, a real clip and below it the continuation that the model
+    made, then videos from noise; every 2nd frame."""
+    real, continued, from_noise = (video[:, ::every] for video in videos)
+    rows = [*(row for pair in zip(real, continued) for row in pair), *from_noise]
+    return pictures.grid([image for row in rows for image in data.to_arrays(row)], columns=len(rows[0]))
 
 
 # ------------------------------------------------------------------------------------- log
@@ -310,14 +346,13 @@ class Log:
         in_stage_2 = "motion_loss" in values
         if not in_stage_2:
             values["wasserstein"] = values["score_gap"] / max(values["gradient_norm"], 1e-6)
-        stage = {"stage": 1 + in_stage_2} if c.FOLDERS == "clips" else {}
         images = c.MOTION_BATCH if in_stage_2 else c.BATCH_SIZE
         speed = images * (step - self.last_step) / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}   # JSON has no NaN
         optimizer = state.motion_optimizer if in_stage_2 else state.generator_optimizer
         rate = float(optimizer.param_groups[0]["lr"])
-        self.write({**state.counters, **stage, **finite, "learning_rate": rate, "images_per_second": round(speed, 2),
+        self.write({**state.counters, **finite, "learning_rate": rate, "images_per_second": round(speed, 2),
                     "seconds": round(now - self.started, 2)})
         if skipped.bit_count() == 1:             # at 1, 2, 4, 8, ... in a row
             print_line(f"step {step}: an update was not applied because its gradient is not finite ({skipped} in a "

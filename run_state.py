@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 import checkpoints
 import command_line
@@ -46,14 +47,19 @@ class State:
     ranks: distributed.Ranks
     skipped: torch.Tensor                       # (2,) int64: updates not applied; newest steps in a row with one
     ema_weight: torch.Tensor                    # of the current step (update.ema_weight)
-    motion_optimizer: torch.optim.Optimizer | None = None     # of TransformerParamTanh, in stage 2 of a run on clips
-    codes: tuple[torch.Tensor, torch.Tensor] | None = None    # mu and logvar of all frames there (dynamics.begin)
+    # Of a run on clips:
+    motion_optimizer: torch.optim.Optimizer | None = None          # of TransformerParamTanh, in stage 2
+    pair_critics: nn.ModuleDict | None = None                      # Discriminators "near" and "far", in stage 3
+    pair_critics_optimizer: torch.optim.Optimizer | None = None
+    codes: tuple[torch.Tensor, torch.Tensor] | None = None         # mu and logvar of all frames, from stage 2 on
     graphs: dict = field(default_factory=dict)  # recorded CUDA graphs (update.run_recorded)
     step_end: torch.cuda.Event | None = None    # of the newest step (update.wait_for_the_step_before)
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
-                                                    "skipped_updates": 0, "skipped_in_a_row": 0, "best": None})
+                                                    "skipped_updates": 0, "skipped_in_a_row": 0, "best": None,
+                                                    "stage": 1})    # of a run on clips: the newest that has begun
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")
+    PARTS_OF_CLIPS = ("motion_optimizer", "pair_critics", "pair_critics_optimizer")
 
     @property
     def motion(self) -> model_definitions.TransformerParamTanh:
@@ -62,7 +68,7 @@ class State:
 
     def parts(self) -> list[str]:
         """Returns the names of the networks and optimizers in a checkpoint."""
-        return [*self.PARTS, *(["motion_optimizer"] if self.motion_optimizer else [])]
+        return [*self.PARTS, *(self.PARTS_OF_CLIPS if self.pair_critics else ())]
 
     def state_dict(self) -> dict:
         return {**{name: getattr(self, name).state_dict() for name in self.parts()}, "counters": dict(self.counters)}
@@ -70,6 +76,8 @@ class State:
     def load_state_dict(self, saved: dict) -> None:
         for name in self.parts():
             part = getattr(self, name)
+            if name.startswith("pair_critics") and name not in saved:      # a file from before stage 3 existed
+                continue
             part.load_state_dict(saved[name])
             for group in part.param_groups if name.endswith("optimizer") else ():   # the file may be another device's
                 group.update(fused=part.defaults["fused"], capturable=part.defaults["capturable"])
@@ -97,9 +105,12 @@ class State:
         """Sets the learning rates of the current step, if they fall with the images seen."""
         if not c.DECAY_TO_KIMG:
             return
-        scale = self.counters["lr_scale"] * decay(c, self.counters["images_seen"])
         for group, rate in self.groups_and_rates(c):
-            self.set_rate(group, rate * scale)
+            self.set_rate(group, rate * self.learning_rate_scale(c))
+
+    def learning_rate_scale(self, c) -> float:
+        """Returns the factor of all constants' learning rates: lr_scale, and the decay if there is one."""
+        return self.counters["lr_scale"] * (decay(c, self.counters["images_seen"]) if c.DECAY_TO_KIMG else 1)
 
     def set_rate(self, group: dict, rate: float) -> None:
         """Sets a learning rate that changes from step to step: on CUDA a tensor, which a recorded step reads."""
@@ -114,12 +125,15 @@ class State:
         """Yields each of the optimizers' groups of parameters with its constant learning rate."""
         yield from zip(self.generator_optimizer.param_groups, generator_rates(c))
         yield self.critic_optimizer.param_groups[0], c.CRITIC_LEARNING_RATE
+        if self.pair_critics:
+            yield self.pair_critics_optimizer.param_groups[0], c.CRITIC_LEARNING_RATE
 
     def checksum(self) -> int:
         """Returns the CRC-32 of all weights, which must be equal on all ranks; 0 with a single process."""
         if self.ranks.size == 1:
             return 0
-        parameters = [*self.generator.parameters(), *self.critic.parameters()]
+        models = filter(None, (self.generator, self.critic, self.pair_critics))
+        parameters = [p for model in models for p in model.parameters()]
         return zlib.crc32(torch.cat([p.detach().flatten() for p in parameters]).cpu().numpy())
 
 
@@ -144,6 +158,7 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
         generator, critic = model_definitions.build(c)
+        pair_critics = model_definitions.build_pair_critics(c)
     generator, critic = (m.to(device, memory_format=torch.channels_last) for m in (generator, critic))
     generator.layer.to_tokens.to(memory_format=torch.contiguous_format)    # rearranged in each step, twice as fast
     ema = copy.deepcopy(generator).requires_grad_(False)
@@ -153,12 +168,16 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
         return torch.optim.Adam(groups, betas=(beta_1, c.BETA_2), fused=device.type in FUSED_ADAM,
                                 capturable=device.type == "cuda")
 
-    return State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
-                 adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
-                 skipped=torch.zeros(2, dtype=torch.int64, device=device),
-                 ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"),
-                 motion_optimizer=generator.layer.dynamics and adam([generator.layer], [c.MOTION_LEARNING_RATE],
-                                                                    beta_1=0.9))    # no second network to overshoot
+    state = State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
+                  adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
+                  skipped=torch.zeros(2, dtype=torch.int64, device=device),
+                  ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"))
+    if pair_critics:
+        state.pair_critics = pair_critics.to(device, memory_format=torch.channels_last)
+        state.pair_critics_optimizer = adam([pair_critics], [c.CRITIC_LEARNING_RATE])
+        # beta_1 0.9: stage 2 has no second network to overshoot.
+        state.motion_optimizer = adam([generator.layer], [c.MOTION_LEARNING_RATE], beta_1=0.9)
+    return state
 
 
 # ------------------------------------------------------------------------------------- the run's folder
@@ -256,9 +275,10 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
     if others:
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
-    if saved["FOLDERS"] == "clips" and images_seen >= 1000 * saved["VAE_KIMG"] and saved["VAE_KIMG"] != c.VAE_KIMG:
-        raise InputError(f"--vae-kimg {c.VAE_KIMG:g} is invalid: stage 2 of run {c.RUN} has begun: must be "
-                         f"{saved['VAE_KIMG']:g}")
+    for stage, name in ((2, "VAE_KIMG"), (3, "DYNAMICS_KIMG")) if saved["FOLDERS"] == "clips" else ():
+        if images_seen >= 1000 * saved[name] and saved[name] != getattr(c, name):
+            raise InputError(f"{command_line.flag(name)} {getattr(c, name):g} is invalid: stage {stage} of run {c.RUN} "
+                             f"has begun: must be {saved[name]:g}")
     before, now = saved.get("DATA") or "the demo set", c.DATA or "the demo set"
     if "RUN" not in given and before != now:
         known = data.cached_sizes(saved["DATA"], c) if saved.get("DATA") and c.DATA else None

@@ -33,9 +33,11 @@ import demo_images
 import distributed
 import dynamics
 import evaluate
+import joint
 import latent_space
 import metrics
 import report
+import rollouts
 import run_state
 import update
 from command_line import InputError, RunError
@@ -60,8 +62,6 @@ def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[
                              "its samples: give another --runs-dir")
     else:
         c.RUN = c.RUN or ("demo_clips" if c.FOLDERS == "clips" else "demo")
-    if c.FOLDERS == "clips":
-        c.STEPS = min(c.STEPS, dynamics.last_step(c))
     return c, given
 
 
@@ -72,6 +72,9 @@ def check_batch_size(c: SimpleNamespace, ranks: distributed.Ranks) -> None:
         raise InputError(f"--motion-batch {c.MOTION_BATCH} is invalid for {ranks.size} processes: must be a multiple "
                          f"of {windows}")
     pieces = ranks.size * (c.MICRO_BATCH or 1)
+    if c.FOLDERS == "clips" and (c.BATCH_SIZE // ranks.size % 2 or c.MICRO_BATCH % 2):
+        raise InputError(f"--batch-size {c.BATCH_SIZE} and --micro-batch {c.MICRO_BATCH} are invalid with --folders "
+                         f"clips: images per process and micro-batch must be even numbers")
     if c.BATCH_SIZE % pieces:
         low = c.BATCH_SIZE // pieces * pieces
         raise InputError(f"--batch-size {c.BATCH_SIZE} is invalid for {ranks.size} processes"
@@ -142,11 +145,12 @@ class Evaluation:
         self.state.count_skipped()
         if counters["skipped_in_a_row"]:
             return
-        found = self.of_motion() if dynamics.is_stage_2(self.state, self.c) else self.scores()
+        stage = counters["stage"]
+        found = (self.scores() if stage != 2 else {}) | (self.of_motion() if stage > 1 else {})
         if not self.state.ranks.is_first or not found:
             return
         log.write({"step": counters["step"], **{f"evaluate_{name}": round(value, 4) for name, value in found.items()}})
-        kind, best = next(kind for kind in ("r8", "kid", "sliced_wasserstein") if kind in found), counters["best"]
+        kind, best = next(kind for kind in ("kid", "sliced_wasserstein", "r8") if kind in found), counters["best"]
         better = best is None or best[0] != kind or found[kind] < best[1]
         print_line(f"step {counters['step']}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items())
                    + (" (the best so far: best.pt)" if better else ""))
@@ -163,16 +167,20 @@ class Evaluation:
             evaluate.print_count_warning(min(count, len(self.real)))
             self.held_out = data.read_batch(self.image_set, evaluate.shuffled(self.image_set.held_out)[:count // 4])
             self.features = self.gather_features(self.real.tensor_split(ranks.size)[ranks.rank])
-        made = evaluate.generate(self.state.ema, self.c.LATENT_DIM, count, self.c.SEED, share=(ranks.rank, ranks.size))
+        dim, image_of = self.c.LATENT_DIM, None
+        if self.state.counters["stage"] == 3:                      # frames of videos from noise
+            dim, image_of = dim + self.c.MOTION_DIM, functools.partial(rollouts.late_frames, self.state.ema, self.c)
+        made = evaluate.generate(self.state.ema, dim, count, self.c.SEED, share=(ranks.rank, ranks.size),
+                                 image_of=image_of)
         features, made = self.gather_features(made), torch.cat(distributed.gather(ranks, made))
         return distributed.on_rank_0(ranks, lambda: {
             **evaluate.scores(made, self.real, self.extractor, self.features, features), **self.of_held_out(made)})
 
     def of_motion(self) -> dict[str, float]:
-        """Returns the errors of predicted frames, on rank 0, once stage 2 has begun."""
-        if self.state.codes is None or not self.state.ranks.is_first:
+        """Returns the values of predicted frames and of videos, on rank 0."""
+        if not self.state.ranks.is_first:
             return {}
-        return dynamics.measure(self.state.ema, self.c, self.image_set, self.state.codes)
+        return rollouts.measure(self.state.ema, self.c, self.image_set, self.state.codes)
 
     def of_held_out(self, made: torch.Tensor) -> dict[str, float]:
         """Returns scores that compare held-out with training and generated images: the critic's overfitting, and KID of
@@ -218,7 +226,7 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
-            step = dynamics.motion_step if dynamics.is_stage_2(state, c) else training_step
+            step = (training_step, dynamics.motion_step, joint.joint_step)[dynamics.stage(state, c) - 1]
             values = step(state, c, image_set)
             if must_wait(state, c):
                 state.count_skipped()
@@ -250,8 +258,9 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         distributed.gather(ranks, None)          # torchrun ends all ranks when the first one exits
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; images and curves in "
           f"{folder / 'index.html'}")
-    if c.FOLDERS == "clips" and not dynamics.is_stage_2(state, c):
-        print(f"the run ended in stage 1: motion is learned after {c.VAE_KIMG:g} thousand images (--vae-kimg)")
+    if c.FOLDERS == "clips" and counters["stage"] < 3:
+        print(f"the run ended in stage {counters['stage']} of 3: motion is learned after {c.VAE_KIMG:g} thousand "
+              f"images (--vae-kimg), videos after {c.DYNAMICS_KIMG:g} (--dynamics-kimg)")
     if counters["step"] < c.STEPS:
         print("the same command continues the run")
     if signal_number:
@@ -317,8 +326,7 @@ def train_in(folder: Path, c: SimpleNamespace, given: set[str], device: torch.de
         data.keep_on_device(image_set, device, c.DEVICE_IMAGES)
     print_start(c, state, image_set)
     if state.counters["step"] >= c.STEPS:
-        ended_by = "--dynamics-kimg" if c.FOLDERS == "clips" and dynamics.last_step(c) == c.STEPS else "--steps"
-        print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher {ended_by} to continue")
+        print(f"run {c.RUN} is at step {state.counters['step']} of {c.STEPS}: give a higher --steps to continue")
         return 0
     return train(state, c, image_set, folder)
 

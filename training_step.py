@@ -150,19 +150,27 @@ def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     """L_D = mean D(fake) - mean D(real) + LAMBDA_DRIFT * drift + LAMBDA_GP * GP, as two terms with values to log.
 
     Each yielded loss has a backward pass of its own, which frees its graph: a new term that uses real_score or
-    fake_score belongs into the first loss, one with a forward pass of its own can be yielded by itself.
+    fake_score of wasserstein_terms belongs into its first loss, one with a forward pass of its own can be yielded by
+    itself.
     """
     fake = fakes_for_critic(state.generator, batch)
-    real_score, fake_score = state.critic(torch.cat([batch.real, fake])).chunk(2)
-    yield (losses.critic_loss(real_score, fake_score, c.LAMBDA_DRIFT),
-           {"score_gap": real_score.mean() - fake_score.mean()})
+    yield from wasserstein_terms(state.critic, c, batch.real, fake, batch.e, batch.first)
 
-    measured = slice(-batch.first % c.GP_EVERY, None, c.GP_EVERY)        # every GP_EVERY-th image of the whole batch
+
+def wasserstein_terms(critic: Callable, c, real: Tensor, fake: Tensor, e: Tensor, first: int,
+                      prefix: str = "") -> Iterator[tuple[Tensor, dict]]:
+    """The two terms of L_D of a critic. first: position of image 0 in the batch of BATCH_SIZE; prefix: of the names."""
+    real_score, fake_score = critic(torch.cat([real, fake])).chunk(2)
+    yield (losses.critic_loss(real_score, fake_score, c.LAMBDA_DRIFT),
+           {prefix + "score_gap": real_score.mean() - fake_score.mean()})
+
+    measured = slice(-first % c.GP_EVERY, None, c.GP_EVERY)              # every GP_EVERY-th image of the whole batch
     measured_per_piece = math.ceil(c.BATCH_SIZE / c.GP_EVERY) * len(fake) / c.BATCH_SIZE         # on average
-    x_hat = losses.interpolate(batch.real[measured], fake[measured], batch.e[measured])
-    norm = losses.gradient_norm(state.critic, x_hat)
+    x_hat = losses.interpolate(real[measured], fake[measured], e[measured])
+    norm = losses.gradient_norm(critic, x_hat)
     penalty = losses.gradient_penalty(norm, measured_per_piece)
-    yield c.LAMBDA_GP * penalty, {"gradient_norm": norm.sum() / measured_per_piece, "gradient_penalty": penalty}
+    yield c.LAMBDA_GP * penalty, {prefix + "gradient_norm": norm.sum() / measured_per_piece,
+                                  prefix + "gradient_penalty": penalty}
 
 
 def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
@@ -177,8 +185,13 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
         error = losses.motion_weighted_error(reconstructed, batch.real, batch.others)
     yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
-            "alpha_mean": alpha.mean(), "alpha_min": alpha.min(), "alpha_max": alpha.max(),
-            "alpha_spread": mean_deviation(alpha.detach().flatten(1), 1)})
+            **alpha_values(alpha)})
+
+
+def alpha_values(alpha: Tensor) -> dict[str, Tensor]:
+    """Returns the values to log of alpha (B, 1, H, W)."""
+    return {"alpha_mean": alpha.mean(), "alpha_min": alpha.min(), "alpha_max": alpha.max(),
+            "alpha_spread": mean_deviation(alpha.detach().flatten(1), 1)}
 
 
 def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
@@ -194,7 +207,12 @@ def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
     with update.frozen(state.critic):
         values |= update.descend(state, c, "generator", generator_terms, pieces)
     fake = torch.cat([piece.generated.fake.detach() for piece in pieces])
-    return values | {"picture_spread": mean_deviation(fake, 0) / mean_deviation(batch.real, 0).clamp_min(1e-6)}
+    return values | {"picture_spread": picture_spread(fake, batch.real)}
+
+
+def picture_spread(fake: Tensor, real: Tensor) -> Tensor:
+    """The mean standard deviation over a batch of generated images, divided by that of real images."""
+    return mean_deviation(fake, 0) / mean_deviation(real, 0).clamp_min(1e-6)
 
 
 def mean_deviation(values: Tensor, dim: int) -> Tensor:

@@ -45,12 +45,12 @@ def keep_freed_memory(keep: bool = True) -> None:
 # ------------------------------------------------------------------------------------- one update
 
 def descend(state, c, name: str, terms: Callable, pieces: list) -> dict[str, Tensor]:
-    """Applies one update of the network `name`, "critic", "generator" or "motion", to the sum of its loss's terms.
+    """Applies one update of the network `name`, such as "critic", to the sum of its loss's terms.
 
     terms(state, c, piece) yields (loss, values to log) once per term; each has a backward pass of its own, so that the
     graphs of two terms never need memory at the same time. All losses and values are means over images, so gradients of
     the micro-batches `pieces` and of all ranks are averaged. Returns the scalars to log: the values, and the sum of
-    the losses as "critic_loss" or "generator_loss".
+    the losses as "critic_loss".
     """
     model, optimizer = getattr(state, name), getattr(state, f"{name}_optimizer")
     optimizer.zero_grad(set_to_none=True)
@@ -95,13 +95,15 @@ def apply_if_finite(state, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no gradients of the model's weights are computed."""
-    model.requires_grad_(False)
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """Inside, no gradients of the models' weights are computed."""
+    for model in models:
+        model.requires_grad_(False)
     try:
         yield
     finally:
-        model.requires_grad_(True)
+        for model in models:
+            model.requires_grad_(True)
 
 
 def count_in_a_row(state, before: Tensor) -> None:

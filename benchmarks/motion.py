@@ -27,10 +27,12 @@ import data
 import demo_images
 import dynamics
 import pictures
+import rollouts
+import run_log
 import training
 from command_line import InputError, positive
-from dynamics import rendered
 from model_definitions import Generator, load_generator
+from rollouts import rendered
 from training_step import read_images
 
 AHEAD, MEASURED = (1, 4, 8, 16), (1, 4, 8)
@@ -115,7 +117,7 @@ def linear_map(image_set: data.ImageSet, mu: Tensor, window: Tensor, count: int)
 def measure(generator: Generator, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor], target: Tensor,
             reader: Position) -> dict[str, dict]:
     """Returns {predictor: {"r1": ratio, ..., "p1": pixels, ...}}."""
-    window, first = dynamics.windows(c, image_set, codes, CLIPS, STARTS, max(AHEAD))
+    window, first = rollouts.windows(c, image_set, codes, CLIPS, STARTS, max(AHEAD))
     if not len(first):
         raise InputError(f"the clips are too short: must have more than {max(AHEAD)} frames")
     frames = torch.arange(1, max(AHEAD) + 1)[None, :, None]
@@ -161,7 +163,7 @@ def start(argv: Sequence[str] | None) -> None:
     for name, values in measure(generator, c, image_set, codes, target, reader).items():
         print(f"| {' | '.join([name, *(f'{values[key]:.3g}' if key in values else '' for key in names)])} |")
     if flags.strip:
-        pictures.save_picture(flags.strip, dynamics.strip_sheet(generator, c, image_set, codes))
+        pictures.save_picture(flags.strip, run_log.strips(rollouts.videos(generator, c, image_set, codes)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

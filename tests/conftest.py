@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import command_line
 import data
+import dynamics
+import run_state
 import training
 
 torch.set_num_threads(1)       # the tensors are small: a second thread would mostly wait
@@ -107,3 +110,37 @@ def float64(monkeypatch):
     use_float64(monkeypatch.setattr)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+# ------------------------------------------------------------------------------------- clips
+
+LENGTHS = (3, 9, 30, 30, 40)                 # frames of the clips; the last one is held out
+PAST = 3                                     # earlier frames of a window: NUM_FRAMES - 1
+
+
+def clips_of(lengths, image_size=32):
+    """Returns an ImageSet of clips with random pixels."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    images = np.random.default_rng(0).integers(0, 256, (offsets[-1], image_size, image_size, 3), dtype=np.uint8)
+    last = len(lengths) - 1
+    return data.ImageSet(images, [f"{i}.png" for i in range(len(images))], np.arange(offsets[last]),
+                         np.arange(offsets[last], offsets[-1]), [], clip_offsets=offsets,
+                         clip_names=[f"clip {i}" for i in range(len(lengths))], train_clips=np.arange(last),
+                         held_out_clips=np.array([last]))
+
+
+@pytest.fixture
+def start_stage_2():
+    """start_stage_2(*flags) returns a new state in stage 2, its constants and clips. Its Delta head is random: that of
+    a new run is zero, and no gradient would reach the Transformer."""
+    def new(*flags, lengths=LENGTHS):
+        c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2",
+                                             "--motion-batch", "8", *flags])
+        state, clips = run_state.new_state(c, command_line.choose_device(c.DEVICE)), clips_of(lengths)
+        state.counters["images_seen"] = 1000
+        for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
+            head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+        state.ema.load_state_dict(state.generator.state_dict())
+        dynamics.begin(state, clips)
+        return state, c, clips
+    return new

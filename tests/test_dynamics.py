@@ -1,55 +1,29 @@
-"""Stage 2 of a run on clips: windows and draws, the algorithm, and the measured errors, against known answers."""
+"""Stage 2 of a run on clips: windows and draws, and the algorithm; whole runs on clips."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, error_line, lines
+from conftest import PAST, SMALL, error_line, lines
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoints
-import command_line
 import data
 import demo_images
 import dynamics
 import losses
 import run_log
-import run_state
 import training
 import training_step
 import update
 from distributed import Ranks
 from model_definitions import Window, load_generator
 
-LENGTHS = (3, 9, 30, 30, 40)                 # frames of the clips; the last one is held out
-PAST = 3                                     # earlier frames of a window: NUM_FRAMES - 1
-
-
-def clips_of(lengths, image_size=32):
-    """Returns an ImageSet of clips with random pixels."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    images = np.random.default_rng(0).integers(0, 256, (offsets[-1], image_size, image_size, 3), dtype=np.uint8)
-    last = len(lengths) - 1
-    return data.ImageSet(images, [f"{i}.png" for i in range(len(images))], np.arange(offsets[last]),
-                         np.arange(offsets[last], offsets[-1]), [], clip_offsets=offsets,
-                         clip_names=[f"clip {i}" for i in range(len(lengths))], train_clips=np.arange(last),
-                         held_out_clips=np.array([last]))
-
 
 @pytest.fixture
-def start():
-    """start(*flags) returns a new state in stage 2, its constants and clips. Its Delta head is random: that of a new
-    run is zero, and no gradient would reach the Transformer."""
-    def new(*flags, lengths=LENGTHS):
-        c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2",
-                                             "--motion-batch", "8", *flags])
-        state, clips = run_state.new_state(c, command_line.choose_device(c.DEVICE)), clips_of(lengths)
-        state.counters["images_seen"] = 1000
-        for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
-            head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
-        state.ema.load_state_dict(state.generator.state_dict())
-        dynamics.begin(state, clips)
-        return state, c, clips
-    return new
+def start(start_stage_2):
+    return start_stage_2
 
 
 @pytest.fixture
@@ -104,9 +78,9 @@ def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
 def test_a_roll_feeds_its_images_and_codes_back(start, rng):
     state, c, _ = start()
     generator, window = state.generator, window_of(c, rng)
-    earlier = torch.rand(2, 9, 32, 32, generator=rng)
     with torch.no_grad():
-        (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window, earlier), range(2)))
+        (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window), range(2)))
+        earlier = torch.cat([(1 + generator(code)) / 2 for code in window.codes.unbind(1)], 1)
         assert torch.equal(z, generator.layer.next_code(window))
         assert torch.equal(image, generator(z, earlier, window=window))
         after = window.followed_by(z)
@@ -131,9 +105,10 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
     for step in range(4):
         state.counters["step"] = step
         batch = dynamics.draw_batch(state, c, clips)
-        assert batch.kind == ("motion", frames) and batch.targets.shape[1] == frames
+        known = batch.windows
+        assert batch.kind == ("motion", frames) and known.targets.shape[1] == frames
         for i in range(64):
-            window, targets, cold = batch.codes[i, :, 0].tolist(), batch.targets[i, :, 0].tolist(), batch.cold[i]
+            window, targets, cold = known.codes[i, :, 0].tolist(), known.targets[i, :, 0].tolist(), known.cold[i]
             first = int(targets[0])
             clip = np.searchsorted(clips.clip_offsets, first, side="right") - 1
             begin, end = clips.clip_offsets[clip:clip + 2]
@@ -142,12 +117,12 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
             assert window == ([first - 1] * PAST if cold else expected)
             assert cold or first > begin + 1                     # a window of one frame shows no motion
             assert targets == [min(first + k, end - 1) for k in range(frames)]
-            assert batch.valid[i].tolist() == [float(first + k < end) for k in range(frames)]
-            assert batch.around[i, :, 0].tolist() == [first - 1, first, first + 1] and first + 1 < end
-            assert begin <= batch.anchor[i, 0] < end
+            assert known.valid[i].tolist() == [float(first + k < end) for k in range(frames)]
+            assert known.around[i, :, 0].tolist() == [first - 1, first, first + 1] and first + 1 < end
+            assert begin <= known.anchor[i, 0] < end
             if i % dynamics.RENDERED_EVERY == 0:
                 shown = first + int(batch.picked[i // 2])
-                assert batch.valid[i, shown - first] == 1
+                assert known.valid[i, shown - first] == 1
                 oldest = first - 1 if cold else begin
                 rows = [shown, *(max(shown - k, oldest) for k in range(1, PAST + 1))]
                 pixels = torch.cat([batch.frame[i // 2], batch.earlier[i // 2] * 2 - 1]).unflatten(0, (-1, 3))
@@ -160,8 +135,8 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
 def test_noise_is_a_share_of_the_posterior_and_equal_in_still_windows(start):
     state, c, clips = start("--motion-batch", "512", lengths=(40,) * 5)
     state.codes = torch.zeros_like(state.codes[0]), torch.full_like(state.codes[1], 2 * np.log(3.0))      # sigma 3
-    batch = dynamics.draw_batch(state, c, clips)
-    warm, cold = batch.codes[batch.cold == 0], batch.codes[batch.cold == 1]
+    known = dynamics.draw_batch(state, c, clips).windows
+    warm, cold = known.codes[known.cold == 0], known.codes[known.cold == 1]
     assert abs(len(cold) / 512 - 0.4) < 0.1
     assert (cold == cold[:, :1]).all() and (warm[:, 0] != warm[:, 1]).any(1).all()
     expected = 3 * dynamics.CODE_NOISE / 3 ** 0.5                            # E[r^2] = 1/3 for r in [0, 1)
@@ -175,8 +150,8 @@ def test_ranks_share_the_batch(start):
     for rank in range(2):
         state.ranks = Ranks(rank, 2)
         parts.append(dynamics.draw_batch(state, c, clips))
-    for name, tensor, *halves in zip(whole._fields, whole, *parts):
-        assert torch.equal(tensor, torch.cat(halves)), name
+    for number, (tensor, *halves) in enumerate(zip(*(batch.tensors() for batch in (whole, *parts)))):
+        assert torch.equal(tensor, torch.cat(halves)), number
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -185,18 +160,19 @@ def test_the_loss_is_that_of_the_formula(start):
     state, c, clips = start("--lambda-code", "2", "--lambda-frame", "3", "--lambda-motion", "0.5")
     state.counters["images_seen"] = 1400                         # four frames
     batch, layer = dynamics.draw_batch(state, c, clips), state.generator.layer
+    known = batch.windows
     (loss, values), = dynamics.motion_terms(state, c, batch)
     code_errors, frame_errors, kl = [], [], []
     for i in range(8):
-        mean, logvar = layer.dynamics.posterior(*(batch.around[i:i + 1, k] for k in range(3)))
-        v, kl_now = batch.noise[i:i + 1], torch.zeros(())
-        if batch.cold[i]:
+        mean, logvar = layer.dynamics.posterior(*(known.around[i:i + 1, k] for k in range(3)))
+        v, kl_now = known.noise[i:i + 1], torch.zeros(())
+        if known.cold[i]:
             v, kl_now = mean + logvar.exp().sqrt() * v, losses.kl_divergence(mean, logvar)
         kl.append(kl_now / 0.4)
-        window = Window(batch.codes[i:i + 1], v, batch.anchor[i:i + 1])
+        window = Window(known.codes[i:i + 1], v, known.anchor[i:i + 1])
         for k in range(4):
             z = layer.next_code(window)
-            code_errors.append(batch.valid[i, k] * (z - batch.targets[i, k]).abs().mean())
+            code_errors.append(known.valid[i, k] * (z - known.targets[i, k]).abs().mean())
             if i % 2 == 0 and k == batch.picked[i // 2]:
                 frame, earlier = batch.frame[i // 2:i // 2 + 1], batch.earlier[i // 2:i // 2 + 1]
                 image = state.generator(z, earlier, window=window)
@@ -213,7 +189,7 @@ def test_predicted_codes_and_images_stay_float32_under_bfloat16_autocast(start):
     state, c, clips = start()
     batch, linear = dynamics.draw_batch(state, c, clips), torch.nn.functional.linear
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
-        window = Window(batch.codes, batch.noise, batch.anchor)
+        window = Window(batch.windows.codes, batch.windows.noise, batch.windows.anchor)
         code = state.generator.layer.next_code(window)
         image, alpha = state.generator.image_and_alpha(code, batch.earlier.repeat(2, 1, 1, 1), window=window)
         (loss, values), = dynamics.motion_terms(state, c, batch)
@@ -276,52 +252,14 @@ def test_stage_2_begins_with_the_averaged_vae(start):
 def test_stages_rates_and_lengths_follow_the_images_seen(start):
     state, c, _ = start("--motion-learning-rate", "1")
     seen = state.counters
-    for images, stage_2 in ((999, False), (1000, True), (2000, True)):
+    for images, stage in ((999, 1), (1000, 2), (1999, 2), (2000, 3)):
         seen["images_seen"] = images
-        assert dynamics.is_stage_2(state, c) == stage_2
+        assert dynamics.stage(state, c) == stage
     for images, rate in ((1000, 0.01), (1080, 0.11), (1800, 0.4), (1900, 0.2), (2000, 0.02)):
         seen["images_seen"] = images
         assert dynamics.learning_rate(state, c) == pytest.approx(rate)
-    assert dynamics.last_step(c) == 1000 / 4 + 1000 / 8
     c.FOLDERS = "ignore"
-    assert not dynamics.is_stage_2(state, c)
-
-
-# ------------------------------------------------------------------------------------- measuring
-
-def test_a_model_without_delta_is_as_bad_as_copying(start):
-    state, c, clips = start()
-    state.ema.layer.dynamics.to_delta.weight.data.zero_()
-    found = dynamics.measure(state.ema, c, clips, state.codes)
-    assert set(found) == {"r1", "r4", "r8", "r1_frozen", "r4_frozen", "r8_frozen", "z_growth"}
-    assert all(value == pytest.approx(1) for value in found.values())
-
-
-def test_a_model_that_knows_the_motion_has_no_error(start, monkeypatch):
-    """Codes move by a constant step, which the window shows and the frozen window hides."""
-    state, c, clips = start()
-    step = torch.randn(c.LATENT_DIM, generator=torch.Generator().manual_seed(1)) / 20
-    state.codes = torch.arange(len(clips.images))[:, None] * step, state.codes[1]
-    monkeypatch.setattr(state.ema.layer, "next_code", lambda window: 2 * window.codes[:, 0] - window.codes[:, 1])
-    found = dynamics.measure(state.ema, c, clips, state.codes)
-    assert max(found["r1"], found["r4"], found["r8"]) < 1e-3
-    assert found["r1_frozen"] == found["r8_frozen"] == 1
-
-
-def test_clips_that_are_too_short_are_not_measured(start):
-    state, c, clips = start(lengths=(5, 8))
-    assert dynamics.measure(state.ema, c, clips, state.codes) == {}
-
-
-def test_strips_hold_real_frames_their_continuation_and_videos_from_noise(start):
-    state, c, clips = start()
-    rows = dynamics.strips(state.ema, c, clips, state.codes)
-    assert len(rows) == 2 + 4 and all(row.shape == (16, 3, 32, 32) for row in rows)      # one clip is held out
-    frames = torch.from_numpy(clips.images[72 + PAST:]).permute(0, 3, 1, 2) / 127.5 - 1
-    torch.testing.assert_close(rows[0], frames[:32:2])
-    clips.clip_offsets[-1] -= 10                                 # the clip ends before the row
-    rows = dynamics.strips(state.ema, c, clips, state.codes)
-    assert (rows[0][-2:] == 0).all() and (rows[0][:10] != 0).any()
+    assert dynamics.stage(state, c) == 1
 
 
 # ------------------------------------------------------------------------------------- stage 1
@@ -363,31 +301,36 @@ def test_the_reconstruction_of_clips_is_weighted_by_motion(start):
 
 # ------------------------------------------------------------------------------------- whole runs
 
-OF_CLIPS = ("--folders", "clips", "--vae-kimg", "0.008", "--dynamics-kimg", "0.04", "--motion-batch", "8")
+OF_CLIPS = ("--folders", "clips", "--vae-kimg", "0.008", "--dynamics-kimg", "0.04", "--motion-batch", "8", "--steps",
+            "8")
 
 
-def test_a_run_on_clips_logs_both_stages_and_shows_motion(run, tmp_path, capsys):
-    """The 12 photos are one clip. Two steps of stage 1, four of stage 2, of which the last is at K = 14."""
+def test_a_run_on_clips_logs_its_stages_and_shows_videos(run, tmp_path, capsys):
+    """The 12 photos are one clip. Two steps of stage 1, four of stage 2, of which the last is at K = 14, two of 3."""
     assert run(*OF_CLIPS, "--log-every", "1", "--sample-every", "3", "--evaluate-every", "3") == 0
     out = capsys.readouterr().out
     assert "1 clips of 12 frames to train on, 0 clips held out" in out and "code tokens and Delta head" in out
-    assert "not measured" not in out and "ended in stage 1" not in out
+    assert "not measured" not in out and "the run ended in stage" not in out and "critics of pairs" in out
     rows = lines(tmp_path)
-    assert [row["stage"] for row in rows if "stage" in row] == [1, 1, 2, 2, 2, 2]
+    assert [row["stage"] for row in rows if "stage" in row] == [1, 1, 2, 2, 2, 2, 3, 3]
     measured = [row for row in rows if "evaluate_r1" in row]
     assert [row["step"] for row in measured] == [3, 6]
-    assert {"evaluate_r8", "evaluate_r8_frozen", "evaluate_z_growth"} <= set(measured[0])
+    assert {"evaluate_r8", "evaluate_r8_frozen", "evaluate_z_growth", "evaluate_speed"} <= set(measured[0])
     assert all(row["learning_rate"] > 0 for row in rows if "stage" in row)
     known = {value.key for value in run_log.HEALTHY} | {"step", "images_seen", "best", "seconds"}
-    assert {key for row in rows for key in row} == known
+    assert {key for row in rows for key in row} <= known
+    assert {"code_error", "near_score_gap", "kl", "motion_loss"} <= {key for row in rows for key in row}
     folder = tmp_path / "runs" / "photos"
     assert (folder / "samples" / "step_00000006_motion.png").exists()
     assert not (folder / "samples" / "step_00000000_motion.png").exists()
     assert checkpoints.load(folder / "checkpoints" / "best.pt")["counters"]["best"][0] == "r8"
+    course = json.loads((folder / "samples" / "step_00000006_course.json").read_text())
+    assert set(course) == {"contrast", "drift", "speed", "acceleration", "length"}
+    assert len(course["contrast"]["made"]) == 64 and len(course["contrast"]["low"]) == 12
     assert "motion" in (folder / "index.html").read_text()
     generator, c, _ = load_generator(folder)
     assert generator.layer.dynamics is not None and c.FOLDERS == "clips"
-    assert run(*OF_CLIPS) == 0 and "give a higher --dynamics-kimg" in capsys.readouterr().out
+    assert run(*OF_CLIPS) == 0 and "give a higher --steps" in capsys.readouterr().out
     assert run(*OF_CLIPS, "--vae-kimg", "0.02") == 2 and "has begun: must be 0.008" in error_line(capsys)
 
 
@@ -399,10 +342,10 @@ def test_a_run_on_images_cannot_become_one_on_clips(run, tmp_path, capsys):
     assert "was trained with --folders ignore: must be a run with --folders clips" in error_line(capsys)
 
 
-def test_a_run_that_ends_in_stage_1_says_so(run, image_folder, capsys):
+def test_a_run_that_ends_before_stage_3_says_so(run, image_folder, capsys):
     assert run(*OF_CLIPS, "--steps", "1", images=image_folder(5, name="short")) == 0
     out = capsys.readouterr().out
-    assert "motion is learned after 0.008 thousand images" in out
+    assert "the run ended in stage 1 of 3: motion is learned after 0.008 thousand images" in out
     assert "predictions are not measured, because no clip has more than 8 frames" in out
 
 
@@ -418,6 +361,7 @@ def test_without_data_the_moving_demo_set_is_drawn(tmp_path, monkeypatch):
     (("--motion-batch", "7"), "--motion-batch 7 is invalid for 1 processes: must be a multiple of 2"),
     (("--dynamics-kimg", "0.008"), "--dynamics-kimg 0.008 is invalid: must be above --vae-kimg 0.008"),
     (("--num-frames", "2"), "--num-frames 2 is invalid with --folders clips: must be 3 or more"),
+    (("--micro-batch", "1"), "images per process and micro-batch must be even numbers"),
     (("--folders", "movies"), "--folders movies is invalid: must be ignore or clips"),
     (("--cold-share", "0"), "--cold-share 0.0 is invalid: must be above 0, at most 1")])
 def test_invalid_constants_are_one_line(run, capsys, flags, words):

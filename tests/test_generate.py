@@ -1,3 +1,4 @@
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import latent_space
 import model_definitions
 import pictures
 import random_keys
+from model_definitions import Window
 
 PRETRAINED = Path(generate.__file__).parent / "pretrained" / "avatars64.pt"
 
@@ -31,7 +33,8 @@ def run(tmp_path_factory):
     mu = latent_space.encode_sample(generator.vae, data.load_images_of_run(photos, c))
     weights = generator.state_dict()
     checkpoints.save(folder / "run" / "checkpoints", {
-        "constants": vars(c), "counters": {"step": 2}, "ema": weights, "axes": latent_space.principal_axes(mu),
+        "constants": vars(c), "counters": {"step": 2, "images_seen": 8}, "ema": weights,
+        "axes": latent_space.principal_axes(mu),
         "generator": {name: torch.zeros_like(weight) for name, weight in weights.items()}}, step=2)
     for step in (0, 2):
         sheet = np.full((40, 40, 3), 100 + step, np.uint8)
@@ -144,13 +147,121 @@ def test_the_synthetic_video_is_the_layers_input_and_output(make, generator, tmp
         assert min(found) <= 1
 
 
-def test_frames_are_computed_when_they_are_asked_for(make, monkeypatch):
+@pytest.mark.parametrize("mode", ["walk", "roll"])
+def test_frames_are_computed_when_they_are_asked_for(make, run, clips_run, monkeypatch, mode):
     """Memory of a long video does not grow with its length."""
     decoded, decode = [], model_definitions.VAE.decode
     monkeypatch.setattr(model_definitions.VAE, "decode", lambda vae, z: decoded.extend(z) or decode(vae, z))
     monkeypatch.setattr(pictures, "save_video", lambda file, frames, fps, loop: next(iter(frames)))
-    make("--video", "v", "--seconds", 100)
+    make("--video", "v", "--mode", mode, "--seconds", 100, source=run if mode == "walk" else clips_run)
     assert 0 < len(decoded) <= 32
+
+
+# ------------------------------------------------------------------------------------- videos of a model of clips
+
+@pytest.fixture(scope="module")
+def clips_run(tmp_path_factory):
+    """The folder of a run on clips with a random Delta head, in stage 2."""
+    folder = tmp_path_factory.mktemp("clips")
+    c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2"])
+    torch.manual_seed(0)
+    generator, _ = model_definitions.build(c)
+    for head in (generator.layer.to_s, generator.layer.dynamics.to_delta):
+        torch.nn.init.normal_(head.weight, std=0.1)
+    checkpoints.save(folder / "run" / "checkpoints", {
+        "constants": vars(c), "counters": {"step": 2, "images_seen": 1000}, "ema": generator.state_dict()}, step=2)
+    return folder / "run"
+
+
+def rolled(run, window, count):
+    """Returns the frames after a window, uint8 (count, B, H, W, C)."""
+    generator = model_definitions.Generator.from_file(run)
+    with torch.no_grad():
+        return [data.to_arrays(image) for image, _ in itertools.islice(generator.roll(window), count)]
+
+
+def motion_codes(seed, count):
+    return torch.stack([torch.randn(6, generator=random_keys.torch_generator(seed, "motion", i)) for i in range(count)])
+
+
+def test_a_roll_starts_from_noise_and_the_motion_seed_changes_its_course(make, clips_run, tmp_path):
+    for name, seeds in (("a", (3, None)), ("b", (3, 3)), ("c", (3, 4))):
+        flags = [] if seeds[1] is None else ["--motion-seed", seeds[1]]
+        make("--video", tmp_path / name, "--mode", "roll", "--seconds", 1, "--fps", 5, "--seed", seeds[0], *flags,
+             source=clips_run)
+    one, same, other = (frames_of(tmp_path / name) for name in "abc")
+    expected = rolled(clips_run, Window.still(latent_space.draw_z(3, 0, 1, 16), motion_codes(3, 1), 3), 5)
+    assert np.abs(np.subtract(one, np.concatenate(expected))).max() <= 1
+    assert np.array_equal(one, same) and (np.array(one) != other).any()
+
+
+def test_a_roll_starts_from_photos_in_a_grid(make, clips_run, photos, tmp_path):
+    files = [photos / "0000.png", photos / "0001.png"]
+    make("--video", tmp_path / "v", "--mode", "roll", "--seconds", 1, "--fps", 3, "--grid", "3x1", "--photos", *files,
+         source=clips_run)
+    frames = frames_of(tmp_path / "v")
+    assert len(frames) == 3 and frames[0].shape == (32, 3 * 34 - 2, 3)
+    generator = model_definitions.Generator.from_file(clips_run)
+    z = latent_space.encode(generator.vae, [data.read_photo(str(file), 32, 3) for file in files])[[0, 1, 0]]
+    for frame, expected in zip(frames, rolled(clips_run, Window.still(z, motion_codes(0, 3), 3), 3)):
+        assert np.abs(frame[:, 34:66] - expected[1].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "gif", "mp4"])
+def test_a_roll_continues_a_clip(make, clips_run, tmp_path, kind):
+    """The last three frames are the window; frames are in natural order, 2 before 10."""
+    levels, clip = range(20, 240, 20), tmp_path / "clip"
+    if kind == "folder":
+        for number, level in enumerate(levels):
+            pictures.save_picture(clip / f"{number}.png", np.full((40, 40, 3), level, np.uint8))
+    else:
+        clip = clip.with_suffix("." + kind)
+        if kind == "mp4":
+            pytest.importorskip("av")
+        pictures.save_video(clip, [np.full((40, 40, 3), level, np.uint8) for level in levels], 10)
+    make("--video", tmp_path / "v", "--mode", "roll", "--seconds", 1, "--fps", 2, "--clip", clip, source=clips_run)
+    generator = model_definitions.Generator.from_file(clips_run)
+    codes = latent_space.encode(generator.vae, [np.full((32, 32, 3), level, np.uint8) for level in levels[-3:][::-1]])
+    expected = rolled(clips_run, Window(codes[None], motion_codes(0, 1), codes[-1:]), 2)
+    error = np.abs(np.subtract(frames_of(tmp_path / "v"), np.concatenate(expected)))
+    assert len(error) == 2 and error.max() <= (1 if kind != "mp4" else 9)
+
+
+def test_a_short_clip_repeats_its_oldest_frame(clips_run, tmp_path):
+    for number in range(2):
+        pictures.save_picture(tmp_path / "clip" / f"{number}.png", np.full((32, 32, 3), 50 * number, np.uint8))
+    window = []
+    generator, c, saved = model_definitions.load_generator(clips_run)
+    generator.roll = lambda given: window.append(given) or iter(())
+    flags = generate.parse([str(clips_run), "--video", "v", "--mode", "roll", "--clip", str(tmp_path / "clip")])
+    flags.images_seen = saved["counters"]["images_seen"]
+    assert list(generate.rolled_frames(generator, c, flags)[0]) == []
+    newest, first, repeated = window[0].codes[0]
+    assert torch.equal(first, repeated) and torch.equal(first, window[0].anchor[0]) and not torch.equal(newest, first)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--clip", "{tmp}/none"], "no such file"), (["--clip", "{tmp}/none.mp4"], "no such file"),
+    (["--clip", "{tmp}/empty"], "no images in it"), (["--clip", "{photo}"], "no clip: must be a folder of frames"),
+    (["--clip", "{tmp}/empty", "--photos", "{photo}"], "must be one of them"),
+    (["--grid", "0x3"], "columns x rows, such as 4x3"), (["--motion-seed", "-1"], "--motion-seed -1 is invalid")])
+def test_a_roll_without_a_start_is_one_line(clips_run, photos, tmp_path, capsys, flags, words):
+    (tmp_path / "empty").mkdir()
+    flags = [flag.format(tmp=tmp_path, photo=photos / "0000.png") for flag in flags]
+    assert generate.main([str(clips_run), "--video", str(tmp_path / "v"), "--mode", "roll", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and not (tmp_path / "v").exists()
+
+
+def test_only_a_model_that_has_learned_motion_rolls(run, clips_run, tmp_path, capsys):
+    assert generate.main([str(run), "--video", str(tmp_path / "v"), "--mode", "roll"]) == 2
+    assert "was trained on still images: must be a run of training.py --folders clips" in capsys.readouterr().err
+    saved = checkpoints.load(clips_run / "checkpoints" / "step_00000002.pt")
+    checkpoints.save_as(tmp_path / "early.pt", saved | {"counters": {"step": 1, "images_seen": 999}})
+    assert generate.main([str(tmp_path / "early.pt"), "--video", str(tmp_path / "v"), "--mode", "roll"]) == 2
+    assert "has not learned motion yet, it is in stage 1" in capsys.readouterr().err
+    assert generate.main([str(run), "--video", str(tmp_path / "v"), "--clip", "c"]) == 2
+    assert "--clip is only for --video with --mode roll" in capsys.readouterr().err
 
 
 def test_motion_of_known_frames():

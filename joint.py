@@ -1,0 +1,292 @@
+"""Stage 3 of a run on clips: decoder, TransformerParamTanh and critics learn together, from predicted frames.
+
+Half of the videos of a batch continue a clip by UNROLLED frames, which the real ones are compared with. The other half
+runs freely: from noise, or from a clip, and first for a while without gradient, so that late frames are judged too.
+Three critics judge all videos: one the last frame; one a near pair, two neighbours; one a far pair, two frames 8 to 15
+apart, which must show the same scene. A pair is (x_a, x_b, x_b - x_a). Random draws are keyed, as in training_step.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import dynamics
+import losses
+import training_step
+import update
+from dynamics import Windows, unrolled
+from model_definitions import Generator, Window
+from training_step import to_device
+
+PREFIXES = (0, 8, 16, 24)      # frames that free videos run before those with gradient; one of them per step
+UNROLLED = 3                   # predicted frames with gradient
+DISTANCES = range(8, 16)       # frames between the two of a far pair
+CLIP_STARTS = 0.5              # share of the free videos that start from the window of a clip
+DECODED_EVERY = 4              # of the images of a free video that the Transformer reads
+WARM_UP = 100                  # steps in which the learning rates of decoder and layer rise
+
+
+# ------------------------------------------------------------------------------------- stage
+
+def begin(state, image_set: data.ImageSet) -> None:
+    """Starts stage 3, or continues it after a resume. The generator takes its averaged weights at the start."""
+    if state.counters["stage"] < 3:
+        state.counters["stage"] = 3
+        state.generator.load_state_dict(state.ema.state_dict())
+        state.graphs.clear()
+    if state.codes is None:
+        state.codes = dynamics.encode_frames(state.generator.vae, image_set, state.device)
+
+
+def set_learning_rates(state, c) -> None:
+    """Sets the rates of the current step."""
+    state.decay_learning_rates(c)
+    steps = (state.counters["images_seen"] - 1000 * c.DYNAMICS_KIMG) / c.BATCH_SIZE
+    scale = state.learning_rate_scale(c) * min(1, (1 + steps) / WARM_UP)
+    for group, rate in zip(state.generator_optimizer.param_groups, (c.JOINT_LEARNING_RATE, c.JOINT_LAYER_RATE)):
+        state.set_rate(group, rate * scale)
+
+
+# ------------------------------------------------------------------------------------- batch
+
+class Videos(NamedTuple):
+    """The generator's pass over a batch of B videos, of which H = B / 2 are compared with their clips."""
+    frame: Tensor                             # (B, C, H, W) in [-1, 1]: for the frame critic
+    near: Tensor                              # (B, 3*C, H, W): a pair of neighbours
+    far: Tensor | None                        # (B, 3*C, H, W): a pair of distant frames
+    alpha: Tensor                             # (2B, 1, H, W)
+    reconstruction: Tensor                    # (H, C, H, W) in [-1, 1], of `target`
+    predicted: Tensor                         # (H, C, H, W) in [-1, 1], of `target`
+    code_error: Tensor                        # scalar
+    motion_kl: Tensor                         # scalar
+
+
+@dataclasses.dataclass
+class Batch:
+    """B videos and everything that is drawn for them: this rank's slice, or a piece of it. H = B / 2: of videos 0 and
+    1, 2 and 3, ..., one is compared with its clip, and the other is free."""
+    windows: Windows                          # H windows of clips, and the UNROLLED frames after each
+    start: Tensor                             # (H, P, LATENT_DIM): the window of free videos, newest first
+    start_anchor: Tensor                      # (H, LATENT_DIM): their anchor
+    is_noise: Tensor                          # (H,) bool: they start from noise, with copies of z in the window
+    target: Tensor                            # (H, C, H, W) in [-1, 1]: the last of these frames
+    earlier: Tensor                           # (H, (P+1)*C, H, W) in [0, 1]: the frames before it, newest first
+    code: Tensor                              # (H, LATENT_DIM): its code, with noise of the posterior
+    distant: Tensor                           # (H, LATENT_DIM): mu of a frame DISTANCES before it
+    v: Tensor                                 # (H, MOTION_DIM) from N(0, I), of the free videos
+    distance: Tensor                          # (H,) int64, in DISTANCES: between the two frames of their far pairs
+    free_first: Tensor                        # (H,) bool: of two neighbours, the first one is free
+    real: Tensor                              # (B, C, H, W) in [-1, 1]
+    real_before: Tensor                       # (B, C, H, W) in [-1, 1]: the frame before it
+    real_distant: Tensor                      # (B, C, H, W) in [-1, 1]: a frame DISTANCES before it
+    e: Tensor                                 # (B, 3) in [0, 1): for x_hat of the three critics
+    prefix: int                               # one of PREFIXES
+    first: int = 0                            # position of the first video in the batch of BATCH_SIZE
+    shared: bool = False                      # all updates use one pass of the generator
+    videos: Videos | None = None              # that pass
+
+    def drawn(self) -> dict[str, Tensor]:
+        """Returns the tensors among the fields, but `windows`."""
+        return {field.name: value for field in dataclasses.fields(self)
+                if isinstance(value := getattr(self, field.name), Tensor)}
+
+    def pieces(self, size: int) -> list["Batch"]:
+        """Returns micro-batches of `size` videos, an even number."""
+        def part(tensor, start):
+            return tensor[start * len(tensor) // len(self.real):(start + size) * len(tensor) // len(self.real)]
+
+        return [dataclasses.replace(
+            self, windows=Windows(*(part(tensor, start) for tensor in self.windows)), first=self.first + start,
+            **{name: part(tensor, start) for name, tensor in self.drawn().items()})
+            for start in range(0, len(self.real), size)]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.windows, *self.drawn().values()]
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Batches of one kind can share a CUDA graph: those with the same prefix."""
+        return "joint", self.prefix
+
+    def mixed(self, compared: Tensor, free: Tensor) -> Tensor:
+        """Returns both halves (H, ...) as one batch (B, ...), in the order of the videos."""
+        first = self.free_first.view(-1, 1, *[1] * (free.dim() - 1))
+        both, swapped = (torch.stack(halves, dim=1) for halves in ((free, compared), (compared, free)))
+        return torch.where(first, both, swapped).flatten(0, 1)
+
+
+def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
+    """Draws the batch of one critic update of the current step, on the device."""
+    half, past = c.BATCH_SIZE // 2, c.NUM_FRAMES - 1
+    mine, mine_of_half = state.ranks.slice_of(c.BATCH_SIZE), state.ranks.slice_of(half)
+    rng = state.rng(c, "videos", critic_update)
+    z, code_noise = torch.randn(2, half, c.LATENT_DIM, generator=rng)[:, mine_of_half]
+    v = torch.randn(half, c.MOTION_DIM, generator=rng)[mine_of_half]
+    draws = torch.rand(2, half, generator=rng)[:, mine_of_half]
+    free_first, is_noise = draws[0] < 0.5, draws[1] >= CLIP_STARTS
+    distances = DISTANCES[0] + torch.randint(len(DISTANCES), (c.BATCH_SIZE,), generator=rng)
+    e = torch.rand(c.BATCH_SIZE, 3, generator=rng)[mine]
+    prefix = PREFIXES[torch.randint(len(PREFIXES), (), generator=state.rng(c, "prefix"))]
+
+    windows, places, _ = dynamics.draw_windows(state, c, image_set, c.BATCH_SIZE, UNROLLED, critic_update)
+    windows, free = (Windows(*(tensor[i::2] for tensor in windows)) for i in (0, 1))
+    places = dynamics.Places(*(rows[::2] for rows in places))
+    shown = (places.first + UNROLLED - 1).minimum(places.end - 1)
+    rows = torch.cat([shown[:, None], places.before(shown, past + 1)], dim=1)                       # (H, 1 + P + 1)
+    images = training_step.read_images(image_set, rows.flatten().numpy(), state.device).unflatten(0, rows.shape)
+    distance = distances[:half][mine_of_half]
+    distant = (shown - distance).maximum(places.begin)
+
+    def put(tensor):
+        return to_device(tensor, state.device)
+
+    (mu, logvar), shown, distant, z, is_noise = state.codes, put(shown), put(distant), put(z), put(is_noise)
+    return Batch(
+        windows, torch.where(is_noise[:, None, None], z[:, None], free.codes),
+        torch.where(is_noise[:, None], z, free.anchor), is_noise,
+        images[:, 0], (1 + images[:, 1:].flatten(1, 2)) / 2,
+        code=mu[shown] + torch.exp(0.5 * logvar[shown]) * put(code_noise), distant=mu[distant], v=put(v),
+        distance=put(distance), free_first=put(free_first),
+        **real_pairs(state, c, image_set, critic_update, distances[mine].numpy()), e=put(e), prefix=prefix,
+        first=mine.start)
+
+
+def real_pairs(state, c, image_set: data.ImageSet, critic_update: int, distance: np.ndarray) -> dict[str, Tensor]:
+    """Returns real, real_before and real_distant, mirrored alike with FLIP. In clips that are shorter than the
+    distance, the distance is smaller."""
+    rows, flips = training_step.rows_of_images(state, c, image_set, critic_update)
+    clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
+    begin, end = (image_set.clip_offsets[clips + i] for i in (0, 1))
+    distance = np.minimum(distance, end - 1 - begin)
+    rows = np.maximum(rows, begin + distance)
+    return {name: training_step.read_images(image_set, rows - back, state.device, flips)
+            for name, back in (("real", 0), ("real_before", 1), ("real_distant", distance))}
+
+
+# ------------------------------------------------------------------------------------- generator's pass
+
+def pair(a: Tensor, b: Tensor) -> Tensor:
+    """Two images (B, C, H, W) as a pair critic reads them, (B, 3*C, H, W)."""
+    return torch.cat([a, b, b - a], dim=1)
+
+
+def make_videos(generator: Generator, c, batch: Batch) -> Videos:
+    """The frames that are judged: of H videos that are compared with their clips, and of H free ones."""
+    known, half, past = batch.windows, len(batch.start), c.NUM_FRAMES - 1
+    v, kl = dynamics.motion_codes(generator.layer.dynamics, c, known)
+    with torch.no_grad():                        # all codes of the free videos so far, oldest first
+        run = unrolled(generator, Window(batch.start, batch.v, batch.start_anchor), batch.prefix)
+        run = torch.cat([batch.start.flip(1), run], dim=1)
+    start = torch.cat([known.codes.flip(1), run[:, -past:]])                                # (B, P, LATENT_DIM)
+    v, anchor = torch.cat([v, batch.v]), torch.cat([known.anchor, batch.start_anchor])
+    codes = unrolled(generator, Window(start.flip(1), v, anchor), UNROLLED)                 # (B, UNROLLED, LATENT_DIM)
+    sequence, run = torch.cat([start, codes], dim=1), torch.cat([run, codes[half:].detach()], dim=1)
+
+    # The last two frames, from windows one frame apart.
+    earlier = torch.cat([batch.earlier, images_before(generator, c, run)])
+    both = [Window(sequence[:, -n - past:-n].flip(1), v, anchor) for n in (2, 1)]
+    images, alpha = generator.image_and_alpha(
+        torch.cat([codes[:, -2], codes[:, -1]]), torch.cat([earlier[:, c.CHANNELS:], earlier[:, :-c.CHANNELS]]),
+        window=Window(*map(torch.cat, zip(*both))))
+    before, last = (of_one_frame.split(half) for of_one_frame in images.chunk(2))
+
+    # Images without a window: reconstructions and, without a prefix, the first images of videos from noise.
+    stills = generator(batch.code if batch.prefix else torch.cat([batch.code, batch.start[:, 0]]))
+    frame, far = last, None
+    if batch.prefix:
+        with torch.no_grad():
+            place = torch.arange(half, device=run.device), (run.shape[1] - 1 - batch.distance).clamp_min(0)
+            distant = generator(torch.cat([batch.distant, run[place]])).split(half)
+        far = batch.mixed(*map(pair, distant, last))
+    else:                                        # no frame from noise is DISTANCES before the last one
+        frame = last[0], torch.where(batch.is_noise[:, None, None, None], stills[half:], last[1])
+    return Videos(batch.mixed(*frame), batch.mixed(*map(pair, before, last)), far, alpha, stills[:half], last[0],
+                  dynamics.code_error(codes[:half], known), kl)
+
+
+@torch.no_grad()
+def images_before(generator: Generator, c, run: Tensor) -> Tensor:
+    """The P + 1 frames before the last of the codes `run` (H, N, LATENT_DIM), newest first, (H, (P+1)*C, H, W) in
+    [0, 1], as the layer would show them with ALPHA_INIT. Only every DECODED_EVERY-th is decoded, and stands for those
+    before it: all would take a tenth of the step."""
+    places = run.shape[1] - 2 - torch.arange(0, c.NUM_FRAMES, DECODED_EVERY)
+    images = generator.layer.displayed(generator.vae.decode(run[:, places].flatten(0, 1)))
+    images = images.unflatten(0, (-1, len(places))).repeat_interleave(DECODED_EVERY, dim=1)
+    return images[:, :c.NUM_FRAMES].flatten(1, 2)
+
+
+def videos_for_critics(generator: Generator, c, batch: Batch) -> Videos:
+    """The videos without gradient. For a shared batch, the pass is stored, and the generator's update reuses it."""
+    if batch.videos is not None:
+        return batch.videos
+    if batch.shared:
+        batch.videos = make_videos(generator, c, batch)
+        return batch.videos
+    with torch.no_grad():
+        return make_videos(generator, c, batch)
+
+
+# ------------------------------------------------------------------------------------- algorithm
+
+def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
+    """L_D of the frame critic, as in training_step.critic_terms."""
+    fake = videos_for_critics(state.generator, c, batch).frame.detach()
+    yield from training_step.wasserstein_terms(state.critic, c, batch.real, fake, batch.e[:, 0], batch.first)
+
+
+def pair_critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
+    """L_D of the near critic and of the far critic."""
+    videos = videos_for_critics(state.generator, c, batch)
+    for number, (name, real, fake) in enumerate((("near", batch.real_before, videos.near),
+                                                 ("far", batch.real_distant, videos.far)), 1):
+        if fake is not None:
+            yield from training_step.wasserstein_terms(
+                state.pair_critics[name], c, pair(real, batch.real), fake.detach(), batch.e[:, number], batch.first,
+                prefix=f"{name}_")
+
+
+def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
+    """L_G = -mean D(frame) - LAMBDA_PAIR * (mean D_near(near) + mean D_far(far)) + f * LAMBDA_REC * reconstruction
+    + the terms of stage 2, for the videos that continue clips; f = losses.size_factor. As one term."""
+    if not batch.shared:
+        batch.videos = make_videos(state.generator, c, batch)
+    videos, others = batch.videos, batch.earlier * 2 - 1
+    judged = state.critic(videos.frame).mean() + c.LAMBDA_PAIR * sum(
+        state.pair_critics[name](fake).mean() for name, fake in (("near", videos.near), ("far", videos.far))
+        if fake is not None)
+    error, frame_error = (losses.motion_weighted_error(image, batch.target, others)
+                          for image in (videos.reconstruction, videos.predicted))
+    factor = losses.size_factor(batch.target[0].numel())
+    yield (-judged + factor * c.LAMBDA_REC * error + c.LAMBDA_CODE * videos.code_error
+           + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * videos.motion_kl,
+           {"reconstruction": losses.reconstruction_loss(videos.reconstruction, batch.target),
+            "code_error": videos.code_error, "frame_error": frame_error, "motion_kl": videos.motion_kl,
+            **training_step.alpha_values(videos.alpha)})
+
+
+def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
+    """N_CRITIC updates of the three critics and one of decoder and layer. Returns as training_step.apply_updates."""
+    for batch in batches:
+        pieces = batch.pieces(c.MICRO_BATCH or len(batch.real))
+        pieces[0].shared = len(pieces) == 1 and batch is batches[-1]
+        values = update.descend(state, c, "critic", critic_terms, pieces)
+        values |= update.descend(state, c, "pair_critics", pair_critic_terms, pieces)
+    vae = state.generator.vae
+    with update.frozen(state.critic, state.pair_critics, vae.encoder, vae.to_mu, vae.to_logvar):
+        values |= update.descend(state, c, "generator", generator_terms, pieces)
+    frame = torch.cat([piece.videos.frame.detach() for piece in pieces])
+    return values | {"picture_spread": training_step.picture_spread(frame, batch.real)}
+
+
+def joint_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
+    """Trains for one step of stage 3. Returns as training_step."""
+    if state.counters["stage"] < 3 or state.codes is None:
+        begin(state, image_set)
+    batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
+    set_learning_rates(state, c)
+    return training_step.take_step(state, c, apply_updates, batches, c.BATCH_SIZE, since=1000 * c.DYNAMICS_KIMG)
