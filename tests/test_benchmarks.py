@@ -169,18 +169,25 @@ def test_invalid_input_is_one_line_and_status_2(start, command, words):
     assert status == 2 and error.count("\n") == 1 and words in error, error
 
 
-def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, capsys):
+def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, monkeypatch, capsys):
     clips = demo_images.make_clips(tmp_path / "clips", 3, 40, 32)
     flags = [*SMALL, "--data", str(clips), "--runs-dir", str(tmp_path), "--run", "small", "--folders", "clips",
-             "--vae-kimg", "0.004", "--dynamics-kimg", "0.04"]
+             "--vae-kimg", "0.004", "--dynamics-kimg", "0.04", "--steps", "5"]
     assert training.main(flags) == 0
     capsys.readouterr()
+    monkeypatch.setattr(motion, "LONG_FRAMES", 70)
+    monkeypatch.setattr(motion, "VIDEOS", 2)
     assert motion.main([str(tmp_path / "small"), "--steps", "4", "--strip", str(tmp_path / "strip.png")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in lines[-9:])}
+    def table(text):
+        return {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")]
+                                                    for line in text.splitlines() if line.startswith("|"))}
+
+    rows, videos = map(table, capsys.readouterr().out.split("\n\n"))
     assert rows[""] == ["r1", "r4", "r8", "p1", "p4", "p8", "p16"] and rows["copy"][:3] == ["1", "1", "1"]
     assert {"constant velocity", "linear map", "Transformer", "Transformer, frozen window"} <= rows.keys()
     assert float(rows["linear map"][0]) != 1 and float(rows["Transformer"][3]) > 0
+    assert videos[""] == ["speed", "contrast 63", "drift 31", "length 63", "contrast 69", "length 69"]
+    assert len(videos["videos from noise"]) == 6 and float(videos["real clips"][1]) > 0
     assert (tmp_path / "strip.png").stat().st_size > 10_000
     (clips / "states.npz").unlink()
     assert motion.main([str(tmp_path / "small")]) == 2 and "moving demo set" in capsys.readouterr().err
