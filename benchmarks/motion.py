@@ -13,8 +13,8 @@ codes of a window, fitted to the training clips by least squares. frozen window:
 newest code, so that nothing shows the motion.
 
 Then 32 videos from noise are compared with the held-out clips. speed: of the owl from frame to frame, in pixels, at the
-5%, 50% and 95% quantile, as the network reads it. contrast, length of z: of frames 63 and 599, divided by those of frame 0.
-drift: how far the mean colour of frame 31 is from that of frame 0, values from -1 to 1.
+5%, 50% and 95% quantile, as the network reads it. contrast, length: of frames and of z, at frame 63 and 599, divided by
+those of frame 0. drift: how far the mean colour of frame 31 is from that of frame 0, values from -1 to 1.
 """
 
 import itertools
