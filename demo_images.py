@@ -30,7 +30,7 @@ import command_line
 from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
-CLIP_FORMAT = 1  # the same for what only the clips show
+CLIP_FORMAT = 2  # the same for what only the clips show
 MARKER, STATES = "demo_set.json", "states.npz"
 Point = tuple[float, float]
 Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
@@ -56,6 +56,7 @@ SCHEMES = {"analogous": 0.10, "triadic": 0.33, "split": 0.42, "complementary": 0
 GRAVITY = 0.02
 HOPS = range(8, 17)             # frames in the air: n frames of flight rise by GRAVITY * n^2 / 8, 0.16 to 0.64
 HOP_SPEED = (0.02, 0.07)        # horizontal
+NEW_HOP = 0.2                   # share of the landings after which the owl rests and then hops in another way
 RESTS = range(9)                # frames on the branch between two different hops
 BLINK = (0.5, 1, 1, 0.5)        # how far the lids are closed
 FEET, BODY = 0.755, 0.27        # y of the feet and of the body's middle in an owl of the still set
@@ -390,8 +391,8 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
     """Returns the state of clip `index`, {name: (frames,) array}, and of its owl, {name: number or str}.
 
     The owl flies as a ball does: at height h above the branch it moves by vx sideways and by vy down, and vy grows by
-    GRAVITY per frame; the sides of the image turn vx around. Where it lands, half of the hops are repeated at once;
-    the other half are followed by a rest and by a hop of another height, speed and direction. The head turns by a
+    GRAVITY per frame; the sides of the image turn vx around. Where it lands, four of five hops are repeated at
+    once; the fifth is followed by a rest and by a hop of another height, speed and direction. The head turns by a
     quarter of the way to its goal in each frame. Random are only: the kind of the next hop, the rest, the goal and the
     time of the next one, and the time of the next blink. All else follows from the frames before.
 
@@ -418,7 +419,7 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
                 x, vx = math.copysign(2 * reach, x) - x, -vx
             if landed:
                 height = rise = 0.0  # not a rounding error beside it
-                if rng.random() < 0.5:
+                if rng.random() < NEW_HOP:
                     hop, rest = None, rng.choice(RESTS)
         else:
             rest -= 1

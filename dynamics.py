@@ -47,13 +47,13 @@ def learning_rate(state, c) -> float:
     return c.MOTION_LEARNING_RATE * state.counters["lr_scale"] * min(1, rising) * max(LOWEST, min(1, falling))
 
 
-def begin(state, image_set: data.ImageSet) -> None:
+def begin(state, c, image_set: data.ImageSet) -> None:
     """Starts stage 2: the VAE takes its averaged weights, and its encoder will not change any more. All frames are
     encoded, and the unit of changes is found."""
     state.counters["stage"] = 2
     state.generator.vae.load_state_dict(state.ema.vae.state_dict())
     state.graphs.clear()                             # those of stage 1 are not needed any more
-    state.codes = mu, _ = encode_frames(state.generator.vae, image_set, state.device)
+    state.codes = mu, _ = encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
     later = np.setdiff1d(image_set.train, image_set.clip_offsets)             # all frames but the first of each clip
     change = (mu[later] - mu[later - 1]).square().mean(0).sqrt().clamp_min(SMALLEST_CHANGE)
     for generator in (state.generator, state.ema):
@@ -61,12 +61,13 @@ def begin(state, image_set: data.ImageSet) -> None:
 
 
 @torch.no_grad()
-def encode_frames(vae, image_set: data.ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns mu and logvar of all frames, each (N, LATENT_DIM), from chunks of one size, so that a resumed run gets
-    equal bits."""
-    rows = np.arange(len(image_set.images))
-    parts = [vae.encode(training_step.read_images(image_set, rows[start:start + CHUNK], device))
-             for start in range(0, len(rows), CHUNK)]
+def encode_frames(vae, image_set: data.ImageSet, device: torch.device,
+                  mirrored: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns mu and logvar of all N frames, each (N, LATENT_DIM), from chunks of one size, so that a resumed run gets
+    equal bits. mirrored: then of all mirrored frames, (2 N, LATENT_DIM)."""
+    chunks = np.split(np.arange(len(image_set.images)), range(CHUNK, len(image_set.images), CHUNK))
+    parts = [vae.encode(training_step.read_images(image_set, rows, device, np.full(len(rows), flip)))
+             for flip in (False, True)[:1 + mirrored] for rows in chunks]
     mu, logvar = (torch.cat(column) for column in zip(*parts))
     return mu, logvar
 
@@ -90,6 +91,7 @@ class Places(NamedTuple):
     begin: Tensor           # the clip's first frame
     end: Tensor             # its last frame + 1
     oldest: Tensor          # the oldest frame of the window
+    mirror: Tensor          # where the clip is mirrored, with FLIP: N, to be added to rows of codes; else 0
 
     def before(self, rows: Tensor, count: int) -> Tensor:
         """Returns the `count` frames before `rows` (B,), newest first, (B, count), repeating the oldest one."""
@@ -134,19 +136,30 @@ def draw_windows(state, c, image_set: data.ImageSet, count: int, frames: int,
     following = first[:, None] + torch.arange(frames)
     anchor = begin + one_of(end - begin, draws[2])
     cold = (draws[3] < c.COLD_SHARE) | (first == begin + 1)
-    places, last = Places(first, begin, end, torch.where(cold, first - 1, begin)), end[:, None] - 1
+    mirror = torch.zeros_like(first)
+    if c.FLIP:
+        flips = torch.rand(count, generator=state.rng(c, "mirrored windows", critic_update))[mine] < 0.5
+        mirror = flips * len(image_set.images)
+    places = Places(first, begin, end, torch.where(cold, first - 1, begin), mirror)
+    last, of_codes = end[:, None] - 1, mirror[:, None]
 
     def put(tensor):
         return training_step.to_device(tensor, state.device)
 
-    (mu, logvar), window, cold = state.codes, put(places.before(first, c.NUM_FRAMES - 1)), put(cold)
-    strength = CODE_NOISE * put(draws[4])[:, None, None]
+    (mu, logvar), window = state.codes, put(places.before(first, c.NUM_FRAMES - 1) + of_codes)
+    strength, cold = CODE_NOISE * put(draws[4])[:, None, None], put(cold)
     codes = mu[window] + strength * torch.exp(0.5 * logvar[window]) * put(code_noise)
     return Windows(
         codes=torch.where(cold[:, None, None], codes[:, :1], codes),
-        targets=mu[put(following.minimum(last))], valid=put((following <= last).to(mu.dtype)),
-        around=mu[put((first[:, None] + torch.arange(-1, 2)).minimum(last))], anchor=mu[put(anchor)], noise=put(noise),
-        cold=cold.to(mu.dtype)), places, draws[1]
+        targets=mu[put(following.minimum(last) + of_codes)], valid=put((following <= last).to(mu.dtype)),
+        around=mu[put((first[:, None] + torch.arange(-1, 2)).minimum(last) + of_codes)],
+        anchor=mu[put(anchor + mirror)], noise=put(noise), cold=cold.to(mu.dtype)), places, draws[1]
+
+
+def read_frames(image_set: data.ImageSet, rows: Tensor, mirror: Tensor, device: torch.device) -> Tensor:
+    """Returns the frames in rows (B, T) of windows, (B, T, C, H, W) in [-1, 1]. mirror (B,): as in Places."""
+    flips = (mirror > 0).repeat_interleave(rows.shape[1]).numpy()
+    return training_step.read_images(image_set, rows.flatten().numpy(), device, flips).unflatten(0, rows.shape)
 
 
 def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
@@ -156,7 +169,7 @@ def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
     shown = places.first + one_of((places.end - places.first).clamp_max(frames), draw)
     every = slice(None, None, RENDERED_EVERY)        # a rank's first window has an even number
     rows = torch.cat([shown[:, None], places.before(shown, c.NUM_FRAMES - 1)], dim=1)[every]            # (R, 1 + P)
-    images = training_step.read_images(image_set, rows.flatten().numpy(), state.device).unflatten(0, rows.shape)
+    images = read_frames(image_set, rows, places.mirror[every], state.device)
     return MotionBatch(windows, training_step.to_device((shown - places.first)[every], state.device), images[:, 0],
                        (1 + images[:, 1:].flatten(1, 2)) / 2)
 
@@ -217,7 +230,7 @@ def update_motion(state, c, batches: list[MotionBatch]) -> dict[str, Tensor]:
 def motion_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step of stage 2. Returns as training_step."""
     if state.codes is None:                          # also after a resume: the same codes and unit again
-        begin(state, image_set)
+        begin(state, c, image_set)
     state.set_rate(state.motion_optimizer.param_groups[0], learning_rate(state, c))
     return training_step.take_step(state, c, update_motion, [draw_batch(state, c, image_set)], c.MOTION_BATCH,
                                    since=1000 * c.VAE_KIMG)

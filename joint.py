@@ -33,14 +33,14 @@ WARM_UP = 100                  # steps in which the learning rates of decoder an
 
 # ------------------------------------------------------------------------------------- stage
 
-def begin(state, image_set: data.ImageSet) -> None:
+def begin(state, c, image_set: data.ImageSet) -> None:
     """Starts stage 3, or continues it after a resume. The generator takes its averaged weights at the start."""
     if state.counters["stage"] < 3:
         state.counters["stage"] = 3
         state.generator.load_state_dict(state.ema.state_dict())
         state.graphs.clear()
     if state.codes is None:
-        state.codes = dynamics.encode_frames(state.generator.vae, image_set, state.device)
+        state.codes = dynamics.encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
 
 
 def set_learning_rates(state, c) -> None:
@@ -138,9 +138,10 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     places = dynamics.Places(*(rows[::2] for rows in places))
     shown = (places.first + UNROLLED - 1).minimum(places.end - 1)
     rows = torch.cat([shown[:, None], places.before(shown, past + 1)], dim=1)                       # (H, 1 + P + 1)
-    images = training_step.read_images(image_set, rows.flatten().numpy(), state.device).unflatten(0, rows.shape)
+    images = dynamics.read_frames(image_set, rows, places.mirror, state.device)
     distance = distances[:half][mine_of_half]
-    distant = (shown - distance).maximum(places.begin)
+    distant = (shown - distance).maximum(places.begin) + places.mirror
+    shown = shown + places.mirror
 
     def put(tensor):
         return to_device(tensor, state.device)
@@ -286,7 +287,7 @@ def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
 def joint_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step of stage 3. Returns as training_step."""
     if state.counters["stage"] < 3 or state.codes is None:
-        begin(state, image_set)
+        begin(state, c, image_set)
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
     set_learning_rates(state, c)
     return training_step.take_step(state, c, apply_updates, batches, c.BATCH_SIZE, since=1000 * c.DYNAMICS_KIMG)

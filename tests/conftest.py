@@ -141,6 +141,6 @@ def start_stage_2():
         for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
             head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
         state.ema.load_state_dict(state.generator.state_dict())
-        dynamics.begin(state, clips)
+        dynamics.begin(state, c, clips)
         return state, c, clips
     return new

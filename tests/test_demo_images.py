@@ -146,15 +146,15 @@ def test_the_sides_turn_the_velocity_around_and_lose_nothing_of_it(states):
     assert reach.max() < 0.9 and np.median(reach) > 0.6         # inside the image, and far from its middle
 
 
-def test_every_hop_ends_where_it_began_and_half_of_them_are_repeated(states):
+def test_every_hop_ends_where_it_began_and_four_of_five_are_repeated(states):
     perch, repeated = states["y"].max(axis=1), []
     for clip in range(300):
         landings, vy = np.nonzero(states["landed"][clip])[0], states["vy"][clip]
         assert np.abs(states["y"][clip, landings] - perch[clip]).max(initial=0) < 1e-6
         starts = np.nonzero((vy < 0) & (states["y"][clip] > perch[clip] - 1e-6))[0]
         repeated += [one == other for one, other in zip(vy[starts], vy[starts][1:])]
-    # One in nine of the drawn hops is as high as the one before by chance. Three standard deviations are 0.05.
-    assert len(repeated) > 700 and abs(np.mean(repeated) - (1 / 2 + 1 / 18)) < 0.06
+    # One in nine of the new hops is as high as the one before by chance. Three standard deviations are 0.045.
+    assert len(repeated) > 700 and abs(np.mean(repeated) - (4 / 5 + 1 / 45)) < 0.05
 
 
 def test_the_owl_moves_by_two_to_four_percent_of_the_side_per_frame_and_seldom_rests(states):
@@ -165,7 +165,7 @@ def test_the_owl_moves_by_two_to_four_percent_of_the_side_per_frame_and_seldom_r
 
 def test_clips_start_at_random_moments(states):
     first = {name: states[name][:, 0] for name in ("x", "vy", "tilt", "lids")}
-    assert 0.1 < (first["vy"] == 0).mean() < 0.3 and 0.3 < (first["vy"] < 0).mean() < 0.6
+    assert 0.04 < (first["vy"] == 0).mean() < 0.2 and 0.3 < (first["vy"] < 0).mean() < 0.6
     assert first["x"].std() > 0.25 and first["tilt"].std() > 0.1 and 0.1 < (first["lids"] > 0).mean() < 0.4
 
 

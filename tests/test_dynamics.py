@@ -92,14 +92,16 @@ def test_a_roll_feeds_its_images_and_codes_back(start, rng):
 
 def rows_as_codes(state, c, clips):
     """Makes mu of each frame its row, without noise, so that a batch shows which frames it holds."""
-    rows = torch.arange(float(len(clips.images)))[:, None].expand(-1, c.LATENT_DIM)
+    rows = torch.arange(float(len(state.codes[0])))[:, None].expand(-1, c.LATENT_DIM)
     state.codes = rows, torch.full_like(rows, -1e4)
 
 
-@pytest.mark.parametrize(("done", "frames"), [(0, 1), (0.31, 4), (0.56, 14)])
-def test_windows_hold_the_frames_before_and_targets_those_after(start, done, frames):
-    state, c, clips = start("--motion-batch", "64")
+@pytest.mark.parametrize(("done", "frames", "flags"), [(0, 1, ()), (0.31, 4, ()), (0.56, 14, ()),
+                                                       (0.56, 14, ("--flip",))])
+def test_windows_hold_the_frames_before_and_targets_those_after(start, done, frames, flags):
+    state, c, clips = start("--motion-batch", "64", *flags)
     rows_as_codes(state, c, clips)
+    count, mirrored = len(clips.images), 0
     state.counters["images_seen"] += int(1000 * done)
     found = set()
     for step in range(4):
@@ -108,7 +110,10 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
         known = batch.windows
         assert batch.kind == ("motion", frames) and known.targets.shape[1] == frames
         for i in range(64):
-            window, targets, cold = known.codes[i, :, 0].tolist(), known.targets[i, :, 0].tolist(), known.cold[i]
+            mirror = count * bool(known.anchor[i, 0] >= count)            # mirrored frames are in rows of their own
+            mirrored += mirror > 0
+            window, targets = ((codes[i, :, 0] - mirror).tolist() for codes in (known.codes, known.targets))
+            cold = known.cold[i]
             first = int(targets[0])
             clip = np.searchsorted(clips.clip_offsets, first, side="right") - 1
             begin, end = clips.clip_offsets[clip:clip + 2]
@@ -118,8 +123,8 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
             assert cold or first > begin + 1                     # a window of one frame shows no motion
             assert targets == [min(first + k, end - 1) for k in range(frames)]
             assert known.valid[i].tolist() == [float(first + k < end) for k in range(frames)]
-            assert known.around[i, :, 0].tolist() == [first - 1, first, first + 1] and first + 1 < end
-            assert begin <= known.anchor[i, 0] < end
+            assert (known.around[i, :, 0] - mirror).tolist() == [first - 1, first, first + 1] and first + 1 < end
+            assert begin <= known.anchor[i, 0] - mirror < end
             if i % dynamics.RENDERED_EVERY == 0:
                 shown = first + int(batch.picked[i // 2])
                 assert known.valid[i, shown - first] == 1
@@ -127,7 +132,9 @@ def test_windows_hold_the_frames_before_and_targets_those_after(start, done, fra
                 rows = [shown, *(max(shown - k, oldest) for k in range(1, PAST + 1))]
                 pixels = torch.cat([batch.frame[i // 2], batch.earlier[i // 2] * 2 - 1]).unflatten(0, (-1, 3))
                 real = torch.from_numpy(clips.images[rows]).permute(0, 3, 1, 2) / 127.5 - 1
+                real = real.flip(3) if mirror else real
                 torch.testing.assert_close(pixels, real)
+    assert bool(mirrored) == bool(flags) and mirrored < 256
     assert {clip for clip, _ in found} == {0, 1, 2, 3}           # every training clip, never the one held out
     assert {(2, True), (2, False)} <= found
 

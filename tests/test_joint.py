@@ -20,7 +20,7 @@ def start(start_stage_2):
     def new(*flags, **others):
         state, c, clips = start_stage_2(*flags, **others)
         state.counters["images_seen"] = 2000
-        joint.begin(state, clips)
+        joint.begin(state, c, clips)
         return state, c, clips
     return new
 
@@ -201,17 +201,17 @@ def test_the_encoder_rests_and_all_else_learns(start):
 
 
 def test_stage_3_begins_with_the_averaged_weights_once(start_stage_2):
-    state, _, clips = start_stage_2()
+    state, c, clips = start_stage_2()
     for p in state.ema.parameters():
         p.data.add_(0.01)
     state.counters["images_seen"] = 2000
-    joint.begin(state, clips)
+    joint.begin(state, c, clips)
     assert state.counters["stage"] == 3
     assert all(torch.equal(one, other) for one, other in zip(state.generator.parameters(), state.ema.parameters()))
     for p in state.ema.parameters():
         p.data.add_(0.01)
     state.codes = None                                           # as after a resume
-    joint.begin(state, clips)
+    joint.begin(state, c, clips)
     assert state.codes is not None
     assert not any(torch.equal(one, other) for one, other in zip(state.generator.parameters(), state.ema.parameters()))
 
