@@ -61,8 +61,8 @@ LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted cod
 LAMBDA_FRAME = 50.0         # weight of the mean absolute error of a rendered frame, larger where it moves
 LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts
 LAMBDA_PAIR = 0.3           # stage 3: weight of the scores of the two critics of pairs of frames
-JOINT_LEARNING_RATE = 4e-4  # Adam's learning rate for the decoder in stage 3 ...
-JOINT_LAYER_RATE = 2e-4     # ... and for TransformerParamTanh
+JOINT_LEARNING_RATE = 1e-3  # Adam's learning rate for the decoder in stage 3 ...
+JOINT_LAYER_RATE = 3e-5     # ... and for TransformerParamTanh: faster, the critics pull it off the clips, see docs/video.md
 
 # ------------------------------------------------------------------------------------- optimisation
 BATCH_SIZE = 8              # images per update, over all processes; on two cores 8 is better in equal time than 16, a GPU needs 32 or more

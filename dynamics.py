@@ -23,7 +23,6 @@ FALLS_FROM, LOWEST = 0.5, 0.02 # ... and the share of stage 2 from which it fall
 CODE_NOISE = 0.3               # largest noise of a window's codes, in standard deviations of their posterior
 RENDERED_EVERY = 2             # one frame of every 2nd window is rendered
 CHUNK = 64                     # frames that are encoded at once
-SMALLEST_CHANGE = 1e-3         # of a dimension of the codes, where nothing moves
 
 
 # ------------------------------------------------------------------------------------- stage
@@ -49,15 +48,15 @@ def learning_rate(state, c) -> float:
 
 def begin(state, c, image_set: data.ImageSet) -> None:
     """Starts stage 2: the VAE takes its averaged weights, and its encoder will not change any more. All frames are
-    encoded, and the unit of changes is found."""
+    encoded, and the buffers of Dynamics are found."""
     state.counters["stage"] = 2
     state.generator.vae.load_state_dict(state.ema.vae.state_dict())
     state.graphs.clear()                             # those of stage 1 are not needed any more
     state.codes = mu, _ = encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
     later = np.setdiff1d(image_set.train, image_set.clip_offsets)             # all frames but the first of each clip
-    change = (mu[later] - mu[later - 1]).square().mean(0).sqrt().clamp_min(SMALLEST_CHANGE)
+    shown = np.concatenate([image_set.train + len(image_set.images) * flip for flip in range(1 + c.FLIP)])
     for generator in (state.generator, state.ema):
-        generator.layer.dynamics.change.copy_(change)
+        generator.layer.dynamics.fit(mu[shown], mu[later] - mu[later - 1])
 
 
 @torch.no_grad()

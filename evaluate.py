@@ -413,7 +413,7 @@ def start(argv: Sequence[str] | None) -> None:
 
     real_features = extractor and extractor(real)
     if generator:
-        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed)
+        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed, image_of=generator.sample)
     print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
     print_count_warning(min(len(made), len(real)))
     print_scores(scores(made, real, extractor, real_features), extractor)

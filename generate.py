@@ -114,6 +114,11 @@ def bar(iterable: Iterable, total: int, unit: str) -> Iterable:
     return tqdm(iterable, total=total, unit=unit, delay=1, disable=not sys.stderr.isatty())
 
 
+def draw_codes(generator: Generator, seed: int, count: int) -> Tensor:
+    """Returns the codes of images 0, 1, ... of a seed, (count, LATENT_DIM) on the CPU."""
+    return generator.start(on_device(generator, latent_space.draw_z(seed, 0, count, generator.vae.latent_dim))).cpu()
+
+
 # ------------------------------------------------------------------------------------- images and photos
 
 def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], list[np.ndarray]]:
@@ -132,7 +137,7 @@ def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], li
 
 def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--images N: single files and a grid. Threads compress and write the files while the model computes the next."""
-    z = latent_space.draw_z(flags.seed, 0, flags.images, c.LATENT_DIM)
+    z = draw_codes(generator, flags.seed, flags.images)
     shown, waiting, started = [], collections.deque(), time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for i, image in enumerate(bar(render(generator, z), len(z), "image")):
@@ -196,7 +201,7 @@ def edit(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[st
         raise InputError("--direction: the encoded images of the two folders have the same mean: must differ")
     _, photos = read_photos(flags.photos, c)
     start = (latent_space.encode(generator.vae, photos) if photos
-             else latent_space.draw_z(flags.seed, 0, 6, c.LATENT_DIM))
+             else draw_codes(generator, flags.seed, 6))
     sheet = strengths_sheet(generator, start, direction[None], EDITS, ["B - A"])
     if photos:
         sheet = pictures.beside(pictures.stack([pictures.grid(photos, columns=1)], ["photo"]), sheet)
@@ -217,7 +222,7 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
     if count > len(axes["axes"]):
         raise InputError(f"--directions {count} is invalid: must be at most {len(axes['axes'])}, this run's axes")
     axes = {name: tensor.cpu() for name, tensor in axes.items()}
-    start = latent_space.draw_z(flags.seed, 0, 1, c.LATENT_DIM)[0]
+    start = draw_codes(generator, flags.seed, 1)[0]
     directions, variance = axes["axes"][:count], axes["deviations"].square()
     centres = torch.stack([start - ((start - axes["mean"]) @ axis) * axis for axis in directions])    # 0 on their axis
     print(f"the first {count} axes explain {variance[:count].sum() / variance.sum():.0%} of the variance of encoded "
@@ -229,7 +234,7 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
 @torch.inference_mode()
 def map_alpha(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--alpha-maps N: images, and beside them their alpha, on a log scale from the smallest to the largest value."""
-    z = on_device(generator, latent_space.draw_z(flags.seed, 0, flags.alpha_maps, c.LATENT_DIM))
+    z = on_device(generator, draw_codes(generator, flags.seed, flags.alpha_maps))
     image, alpha = (torch.cat(parts) for parts in zip(*map(generator.image_and_alpha, z.split(BATCH))))
     alpha = alpha.mean(1).cpu().numpy()
     low, high = float(alpha.min()), float(alpha.max())
@@ -266,7 +271,7 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
             raise InputError(f"--mode keyframes got {len(photos)} photo: must be two or more")
         keyframes = latent_space.encode(generator.vae, photos)
     else:
-        keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, c.LATENT_DIM)
+        keyframes = draw_codes(generator, flags.seed, flags.keyframes)
     count = max(2, round(flags.seconds * flags.fps))
     z = latent_space.walk(keyframes, count, flags.loop)
     return (pictures.grid([image]) for image in render(generator, z)), count
@@ -286,7 +291,7 @@ def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) ->
         codes = torch.cat([codes, codes[-1:].expand(past - len(codes), -1)]).expand(cells, -1, -1)
         window = Window(codes, v, codes[:, -1])
     else:
-        z = latent_space.draw_z(flags.seed, 0, cells, c.LATENT_DIM)
+        z = draw_codes(generator, flags.seed, cells)
         if flags.photos:
             z = latent_space.encode(generator.vae, read_photos(flags.photos, c)[1])
             z = z[torch.arange(cells) % len(z)]
@@ -307,7 +312,7 @@ def synthetic_frames(generator: Generator, flags: Namespace) -> tuple[Iterator[n
     """--mode synthetic: training's synthetic video of four images. Left the modified output of the decoder, right the
     same through the layer."""
     layer = generator.layer
-    x = generator.vae.decode(on_device(generator, latent_space.draw_z(flags.seed, 0, 4, generator.vae.latent_dim)))
+    x = generator.vae.decode(on_device(generator, draw_codes(generator, flags.seed, 4)))
     changes = layer.video.draw(latent_space.rng_of_image(flags.seed, 0)).to(x)
     frames = layer.video(x, changes).clamp(0, 1).chunk(layer.video.num_frames, dim=1)
 

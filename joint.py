@@ -71,9 +71,10 @@ class Batch:
     """B videos and everything that is drawn for them: this rank's slice, or a piece of it. H = B / 2: of videos 0 and
     1, 2 and 3, ..., one is compared with its clip, and the other is free."""
     windows: Windows                          # H windows of clips, and the UNROLLED frames after each
-    start: Tensor                             # (H, P, LATENT_DIM): the window of free videos, newest first
-    start_anchor: Tensor                      # (H, LATENT_DIM): their anchor
-    is_noise: Tensor                          # (H,) bool: they start from noise, with copies of z in the window
+    free: Tensor                              # (H, P, LATENT_DIM): codes of the window of free videos, newest first
+    free_anchor: Tensor                       # (H, LATENT_DIM): their anchor
+    is_noise: Tensor                          # (H,) bool: where they start from z instead
+    z: Tensor                                 # (H, LATENT_DIM) from N(0, I)
     target: Tensor                            # (H, C, H, W) in [-1, 1]: the last of these frames
     earlier: Tensor                           # (H, (P+1)*C, H, W) in [0, 1]: the frames before it, newest first
     code: Tensor                              # (H, LATENT_DIM): its code, with noise of the posterior
@@ -146,10 +147,9 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     def put(tensor):
         return to_device(tensor, state.device)
 
-    (mu, logvar), shown, distant, z, is_noise = state.codes, put(shown), put(distant), put(z), put(is_noise)
+    (mu, logvar), shown, distant, is_noise = state.codes, put(shown), put(distant), put(is_noise)
     return Batch(
-        windows, torch.where(is_noise[:, None, None], z[:, None], free.codes),
-        torch.where(is_noise[:, None], z, free.anchor), is_noise,
+        windows, free.codes, free.anchor, is_noise, put(z),
         images[:, 0], (1 + images[:, 1:].flatten(1, 2)) / 2,
         code=mu[shown] + torch.exp(0.5 * logvar[shown]) * put(code_noise), distant=mu[distant], v=put(v),
         distance=put(distance), free_first=put(free_first),
@@ -178,13 +178,15 @@ def pair(a: Tensor, b: Tensor) -> Tensor:
 
 def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     """The frames that are judged: of H videos that are compared with their clips, and of H free ones."""
-    known, half, past = batch.windows, len(batch.start), c.NUM_FRAMES - 1
+    known, half, past = batch.windows, len(batch.free), c.NUM_FRAMES - 1
     v, kl = dynamics.motion_codes(generator.layer.dynamics, c, known)
+    is_noise, z = batch.is_noise[:, None], generator.start(batch.z)
+    free = Window(torch.where(is_noise[:, None], z[:, None], batch.free), batch.v,
+                  torch.where(is_noise, z, batch.free_anchor))
     with torch.no_grad():                        # all codes of the free videos so far, oldest first
-        run = unrolled(generator, Window(batch.start, batch.v, batch.start_anchor), batch.prefix)
-        run = torch.cat([batch.start.flip(1), run], dim=1)
+        run = torch.cat([free.codes.flip(1), unrolled(generator, free, batch.prefix)], dim=1)
     start = torch.cat([known.codes.flip(1), run[:, -past:]])                                # (B, P, LATENT_DIM)
-    v, anchor = torch.cat([v, batch.v]), torch.cat([known.anchor, batch.start_anchor])
+    v, anchor = torch.cat([v, batch.v]), torch.cat([known.anchor, free.anchor])
     codes = unrolled(generator, Window(start.flip(1), v, anchor), UNROLLED)                 # (B, UNROLLED, LATENT_DIM)
     sequence, run = torch.cat([start, codes], dim=1), torch.cat([run, codes[half:].detach()], dim=1)
 
@@ -197,7 +199,7 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     before, last = (of_one_frame.split(half) for of_one_frame in images.chunk(2))
 
     # Images without a window: reconstructions and, without a prefix, the first images of videos from noise.
-    stills = generator(batch.code if batch.prefix else torch.cat([batch.code, batch.start[:, 0]]))
+    stills = generator(batch.code if batch.prefix else torch.cat([batch.code, free.codes[:, 0]]))
     frame, far = last, None
     if batch.prefix:
         with torch.no_grad():
@@ -205,7 +207,7 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
             distant = generator(torch.cat([batch.distant, run[place]])).split(half)
         far = batch.mixed(*map(pair, distant, last))
     else:                                        # no frame from noise is DISTANCES before the last one
-        frame = last[0], torch.where(batch.is_noise[:, None, None, None], stills[half:], last[1])
+        frame = last[0], torch.where(is_noise[:, None, None], stills[half:], last[1])
     return Videos(batch.mixed(*frame), batch.mixed(*map(pair, before, last)), far, alpha, stills[:half], last[0],
                   dynamics.code_error(codes[:half], known), kl)
 

@@ -427,24 +427,40 @@ class Dynamics(nn.Module):
     """The parts of TransformerParamTanh that learn motion: tokens of the codes and of v, the Delta head, and the motion
     posterior, which only training uses. frames: P; dim: of a token.
 
-    Differences between codes are measured in units of `change`, their standard deviation from frame to frame, which
-    stage 2 finds in the data: docs/video.md has the gain.
+    Stage 2 finds three buffers in the data. `change`: the unit of differences between codes, their standard deviation
+    from frame to frame. start_mean and start_root: of the Gaussian of all codes, which videos start from. docs/video.md
+    has the gains.
     """
 
     HIDDEN = 256
     LOGVAR = (-8.0, 4.0)            # range of v's log variance
+    SMALLEST = 1e-3                 # standard deviation of a dimension of the codes, where nothing moves
 
     def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
         super().__init__()
         self.of_code, self.of_change = nn.Linear(latent_dim, dim), nn.Linear(latent_dim, dim)
         self.of_v = nn.Linear(motion_dim, dim)
         self.register_buffer("change", torch.ones(latent_dim))
+        self.register_buffer("start_mean", torch.zeros(latent_dim))
+        self.register_buffer("start_root", torch.eye(latent_dim))
         self.positions = nn.Parameter(0.3 * torch.randn(1, frames, dim))
         self.to_hidden = nn.Linear(frames * dim + 3 * latent_dim + motion_dim, self.HIDDEN)
         self.to_delta = nn.Linear(self.HIDDEN, latent_dim)
         nn.init.zeros_(self.to_delta.weight)
         nn.init.zeros_(self.to_delta.bias)
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
+
+    def fit(self, codes: Tensor, changes: Tensor) -> None:
+        """Sets the buffers from codes (N, LATENT_DIM) and their changes from frame to frame."""
+        codes = codes.double()
+        covariance = torch.cov(codes.T) + self.SMALLEST ** 2 * torch.eye(codes.shape[1], device=codes.device)
+        self.start_mean.copy_(codes.mean(0))
+        self.start_root.copy_(torch.linalg.cholesky(covariance))
+        self.change.copy_(changes.square().mean(0).sqrt().clamp_min(self.SMALLEST))
+
+    def start(self, z: Tensor) -> Tensor:
+        """z (B, LATENT_DIM) from N(0, I) -> codes from the Gaussian of all codes."""
+        return self.start_mean + z @ self.start_root.T
 
     def tokens(self, window: Window) -> Tensor:
         """Returns one token per earlier frame, and that of v: (B, P + 1, D)."""
@@ -489,7 +505,7 @@ class TransformerParamTanh(nn.Module):
     rendering; the patch tokens of a rendered frame attend to everything.
     """
 
-    RADIUS = 1.4  # largest length of a predicted code, in lengths of a z from N(0, I)
+    RADIUS = 1.1  # largest length of a predicted code, in lengths of a z from N(0, I)
     CELL = 4      # one s per CELL x CELL pixels; bilinear interpolation leaves no seams between patches
 
     def __init__(self, image_size: int, channels: int = 3, num_frames: int = 16, patch: int = 16, dim: int = 48,
@@ -627,6 +643,15 @@ class Generator(nn.Module):
     def forward(self, z, earlier=None, changes=None, window=None):
         """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
         return self.image_and_alpha(z, earlier, changes, window)[0]
+
+    def start(self, z: Tensor) -> Tensor:
+        """Returns the codes (B, LATENT_DIM) of the images that z (B, LATENT_DIM) from N(0, I) stands for: z itself, or
+        in a model of clips Dynamics.start(z)."""
+        return z if self.layer.dynamics is None else self.layer.dynamics.start(z)
+
+    def sample(self, z: Tensor) -> Tensor:
+        """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]."""
+        return self(self.start(z))
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """image in [-1, 1] -> its reconstruction from mu, in [-1, 1]."""

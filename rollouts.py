@@ -50,11 +50,11 @@ def windows(c: SimpleNamespace, image_set: data.ImageSet, codes: tuple[Tensor, T
     return Window(earlier, v.to(earlier.device), earlier[:, -1]), first
 
 
-def from_noise(c: SimpleNamespace, count: int, device: torch.device) -> Window:
+def from_noise(generator: Generator, c: SimpleNamespace, count: int, device: torch.device) -> Window:
     """Returns the windows of `count` videos that start from noise, always the same ones."""
     z = torch.randn(count, c.LATENT_DIM, generator=torch_generator(c.SEED, "samples"))
     v = torch.randn(count, c.MOTION_DIM, generator=torch_generator(c.SEED, "motion codes of samples"))
-    return Window.still(z.to(device), v.to(device), c.NUM_FRAMES - 1)
+    return Window.still(generator.start(z.to(device)), v.to(device), c.NUM_FRAMES - 1)
 
 
 def rendered(generator: Generator, z: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def made_course(generator: Generator, c: SimpleNamespace, device: torch.device,
     lengths = []
 
     def images():
-        for image, z in itertools.islice(generator.roll(from_noise(c, VIDEOS, device)), frames):
+        for image, z in itertools.islice(generator.roll(from_noise(generator, c, VIDEOS, device)), frames):
             lengths.append(z.norm(dim=1) / c.LATENT_DIM ** 0.5)
             yield image
 
@@ -164,7 +164,8 @@ def measure(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
 def late_frames(generator: Generator, c: SimpleNamespace, noise: Tensor) -> Tensor:
     """Returns the LATE-th frame of each video that starts from noise = z and v, (N, LATENT_DIM + MOTION_DIM), as images
     (N, C, H, W) in [-1, 1]."""
-    window = Window.still(*noise.split((c.LATENT_DIM, c.MOTION_DIM), dim=1), c.NUM_FRAMES - 1)
+    z, v = noise.split((c.LATENT_DIM, c.MOTION_DIM), dim=1)
+    window = Window.still(generator.start(z), v, c.NUM_FRAMES - 1)
     return rendered(generator, unrolled(generator, window, LATE)[:, -1])
 
 
@@ -177,7 +178,7 @@ def videos(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
     many videos from noise, each (SHOWN, SHOWN_FRAMES, C, H, W) in [-1, 1]; fewer if there are fewer clips."""
     window, first = windows(c, image_set, codes, SHOWN, 1, min(SHOWN_FRAMES, 1 + max(AHEAD)))
     device, made = codes[0].device, []
-    for start in (window, from_noise(c, SHOWN, device)):
+    for start in (window, from_noise(generator, c, SHOWN, device)):
         images = [image for image, _ in itertools.islice(generator.roll(start), SHOWN_FRAMES)]
         made.append(torch.stack(images, dim=1))
     ends = image_set.clip_offsets[np.searchsorted(image_set.clip_offsets, first, side="right")]

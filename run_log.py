@@ -272,7 +272,7 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
         parts = [function(part.to(state.device)) for part in tensor.split(c.BATCH_SIZE)]
         return [torch.cat([p.cpu() for p in column]) for column in zip(*parts)]
 
-    image, alpha = in_batches(state.ema.image_and_alpha, z)
+    image, alpha = in_batches(lambda batch: state.ema.image_and_alpha(state.ema.start(batch)), z)
     reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
 
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN

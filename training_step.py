@@ -135,13 +135,25 @@ def generate(generator: Generator, batch: Batch) -> Generated:
     return Generated(*image.chunk(2), alpha, mu, logvar)
 
 
-def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
+def fakes_for_critic(generator: Generator, c, batch: Batch) -> Tensor:
     """The fakes without gradient. For a shared batch, also stores the pass, which the generator's update reuses."""
     if batch.shared:
         batch.generated = generate(generator, batch)
-        return batch.generated.fake.detach()
+        return judged_fakes(c, batch, batch.generated).detach()
     with torch.no_grad():
-        return generator(batch.z, changes=batch.changes)
+        if batch.others is None:
+            return generator(batch.z, changes=batch.changes)
+        return judged_fakes(c, batch, generate(generator, batch))
+
+
+def judged_fakes(c, batch: Batch, generated: Generated) -> Tensor:
+    """The images that the critic judges: the fakes; of clips, half of them are reconstructions, because videos pass
+    through codes of the encoder, which lie closer together than N(0, I)."""
+    if batch.others is None:
+        return generated.fake
+    number = batch.first + torch.arange(len(generated.fake), device=generated.fake.device)
+    is_fake = (number // c.GP_EVERY + number % c.GP_EVERY) % 2 == 0      # the GP measures both kinds
+    return torch.where(is_fake[:, None, None, None], generated.fake, generated.reconstruction)
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -153,7 +165,7 @@ def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     fake_score of wasserstein_terms belongs into its first loss, one with a forward pass of its own can be yielded by
     itself.
     """
-    fake = fakes_for_critic(state.generator, batch)
+    fake = fakes_for_critic(state.generator, c, batch)
     yield from wasserstein_terms(state.critic, c, batch.real, fake, batch.e, batch.first)
 
 
@@ -183,7 +195,8 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
         error = losses.motion_weighted_error(reconstructed, batch.real, batch.others)
-    yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
+    fake_score = state.critic(judged_fakes(c, batch, batch.generated))
+    yield (losses.generator_loss(fake_score, error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             **alpha_values(alpha)})
 

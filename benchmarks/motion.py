@@ -174,7 +174,7 @@ def measure_videos(generator: Generator, c, image_set: data.ImageSet, reader: Po
             lengths.append(z.norm(dim=1).mean())
             yield image
 
-    window = rollouts.from_noise(c, VIDEOS, torch.device("cpu"))
+    window = rollouts.from_noise(generator, c, VIDEOS, torch.device("cpu"))
     made = watch(from_noise(window, FRAMES), reader)
     growth = [lengths[-1] / lengths[0]]
     few = Window(*(tensor[:4] for tensor in window))

@@ -58,7 +58,8 @@ def test_a_new_layer_predicts_the_newest_code_and_no_code_leaves_the_sphere(star
     state, c, _ = start()
     layer, window = state.generator.layer, window_of(c, rng)
     layer.dynamics.to_delta.weight.data.zero_()
-    longest = 1.4 * c.LATENT_DIM ** 0.5
+    longest = layer.RADIUS * c.LATENT_DIM ** 0.5
+    window = window._replace(codes=window.codes / 2)
     assert window.codes[:, 0].norm(dim=1).max() < longest
     torch.testing.assert_close(layer.next_code(window), window.codes[:, 0])
     far = layer.next_code(window._replace(codes=10 * window.codes))
@@ -251,6 +252,10 @@ def test_stage_2_begins_with_the_averaged_vae(start):
                for i, j in zip(clips.clip_offsets[:4], clips.clip_offsets[1:])]                # not of the one held out
     for generator in (state.generator, state.ema):
         torch.testing.assert_close(generator.layer.dynamics.change, torch.cat(changes).square().mean(0).sqrt())
+    noise = torch.randn(20_000, c.LATENT_DIM, generator=torch.Generator().manual_seed(0))
+    drawn, codes = state.ema.start(noise), state.codes[0][:72]                 # of the training clips
+    torch.testing.assert_close(drawn.mean(0), codes.mean(0), rtol=0, atol=0.05 * codes.std().item())
+    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(codes.T), rtol=0.05, atol=0.05 * codes.var().item())
     image = data.to_image(torch.from_numpy(clips.images[70:72]).permute(0, 3, 1, 2))
     with torch.no_grad():
         torch.testing.assert_close(state.codes[0][70:72], state.ema.vae.encode(image)[0], rtol=1e-4, atol=1e-5)
@@ -295,15 +300,28 @@ def test_images_of_clips_come_with_frames_of_their_clip(start):
     assert len(found) > 1 and flipped == {True, False}
 
 
-def test_the_reconstruction_of_clips_is_weighted_by_motion(start):
-    state, c, clips = start("--lambda-kl", "0")
+def test_of_clips_the_critic_judges_reconstructions_too_and_their_error_is_weighted_by_motion(start):
+    state, c, clips = start("--lambda-kl", "0", "--gp-every", "2", "--lambda-drift", "0")
     batch = training_step.draw_batch(state, c, clips, 0)
+    batch.shared = True
+    (critic_loss, _), _ = training_step.critic_terms(state, c, batch)
     (loss, values), = training_step.generator_terms(state, c, batch)
     made = batch.generated
+    judged = torch.stack([made.fake[0], made.reconstruction[1], made.reconstruction[2], made.fake[3]])
+    torch.testing.assert_close(critic_loss, state.critic(judged).mean() - state.critic(batch.real).mean())
     error = losses.motion_weighted_error(made.reconstruction, batch.real, batch.others)
-    expected = -state.critic(made.fake).mean() + c.LAMBDA_REC * losses.size_factor(3 * 32 * 32) * error
+    expected = -state.critic(judged).mean() + c.LAMBDA_REC * losses.size_factor(3 * 32 * 32) * error
     torch.testing.assert_close(loss, expected)
     assert values["reconstruction"] == losses.reconstruction_loss(made.reconstruction, batch.real) != error
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+def test_the_penalty_measures_both_fakes_and_reconstructions(start, every):
+    state, c, clips = start("--batch-size", "24", "--gp-every", str(every))
+    batch = training_step.draw_batch(state, c, clips, 0)
+    made = training_step.generate(state.generator, batch)
+    is_fake = (training_step.judged_fakes(c, batch, made) == made.fake).all((1, 2, 3))
+    assert is_fake[::every].sum() == 12 // every and abs(is_fake.sum() - 12) <= 4
 
 
 # ------------------------------------------------------------------------------------- whole runs
