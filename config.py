@@ -60,6 +60,7 @@ COLD_SHARE = 0.4            # share of the windows that start still, as generate
 LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted codes
 LAMBDA_FRAME = 50.0         # weight of the mean absolute error of a rendered frame, larger where it moves
 LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts
+JOINT_ERROR_SHARE = 0.2     # stage 3: share of LAMBDA_REC and LAMBDA_FRAME that is left; with all of it videos begin blurred, see docs/video.md
 LAMBDA_PAIR = 0.3           # stage 3: weight of the scores of the two critics of pairs of frames
 JOINT_LEARNING_RATE = 1e-3  # Adam's learning rate for the decoder in stage 3 ...
 JOINT_LAYER_RATE = 3e-5     # ... and for TransformerParamTanh: faster, the critics pull it off the clips, see docs/video.md

@@ -254,8 +254,9 @@ def pair_critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
 
 
 def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
-    """L_G = -mean D(frame) - LAMBDA_PAIR * (mean D_near(near) + mean D_far(far)) + f * LAMBDA_REC * reconstruction
-    + the terms of stage 2, for the videos that continue clips; f = losses.size_factor. As one term."""
+    """L_G = -mean D(frame) - LAMBDA_PAIR * (mean D_near(near) + mean D_far(far)) + LAMBDA_CODE * (error of codes)
+    + LAMBDA_MOTION * KL(q(v) || N(0, I)) + JOINT_ERROR_SHARE * (f * LAMBDA_REC * reconstruction + LAMBDA_FRAME * (error
+    of predicted frames)), f = losses.size_factor, as one term. The errors are those of the videos with a clip."""
     if not batch.shared:
         batch.videos = make_videos(state.generator, c, batch)
     videos, others = batch.videos, batch.earlier * 2 - 1
@@ -265,8 +266,8 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error, frame_error = (losses.motion_weighted_error(image, batch.target, others)
                           for image in (videos.reconstruction, videos.predicted))
     factor = losses.size_factor(batch.target[0].numel())
-    yield (-judged + factor * c.LAMBDA_REC * error + c.LAMBDA_CODE * videos.code_error
-           + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * videos.motion_kl,
+    yield (-judged + c.LAMBDA_CODE * videos.code_error + c.LAMBDA_MOTION * videos.motion_kl
+           + c.JOINT_ERROR_SHARE * (factor * c.LAMBDA_REC * error + c.LAMBDA_FRAME * frame_error),
            {"reconstruction": losses.reconstruction_loss(videos.reconstruction, batch.target),
             "code_error": videos.code_error, "frame_error": frame_error, "motion_kl": videos.motion_kl,
             **training_step.alpha_values(videos.alpha)})

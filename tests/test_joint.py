@@ -155,7 +155,7 @@ def test_no_gradient_flows_through_the_prefix(start, monkeypatch):
 @pytest.mark.parametrize("prefix", [0, 16])
 def test_the_losses_are_those_of_the_formulas(start, monkeypatch, prefix):
     with_prefix(monkeypatch, prefix)
-    state, c, clips = start("--lambda-pair", "0.7", "--lambda-drift", "0", "--gp-every", "1", "--lambda-rec", "30",
+    state, c, clips = start("--lambda-pair", "0.7", "--lambda-drift", "0", "--gp-every", "1", "--lambda-rec", "30", "--joint-error-share", "0.5",
                             "--lambda-code", "2", "--lambda-frame", "3", "--lambda-motion", "0.5")
     batch = joint.draw_batch(state, c, clips, 0)
     batch.shared = True
@@ -181,8 +181,9 @@ def test_the_losses_are_those_of_the_formulas(start, monkeypatch, prefix):
     others = batch.earlier * 2 - 1
     expected = -state.critic(made.frame).mean() - 0.7 * near(made.near).mean() + 0.5 * made.motion_kl
     expected += -0.7 * far(made.far).mean() if prefix else 0
-    expected += 0.5 * 30 * losses.motion_weighted_error(state.generator(batch.code), batch.target, others)   # f: 32 px
-    expected += 3 * losses.motion_weighted_error(made.predicted, batch.target, others) + 2 * values["code_error"]
+    error = losses.motion_weighted_error(state.generator(batch.code), batch.target, others)
+    frame_error = losses.motion_weighted_error(made.predicted, batch.target, others)
+    expected += 0.5 * (0.5 * 30 * error + 3 * frame_error) + 2 * values["code_error"]              # f = 0.5 at 32 px
     torch.testing.assert_close(loss, expected)
 
 
