@@ -155,8 +155,9 @@ def test_no_gradient_flows_through_the_prefix(start, monkeypatch):
 @pytest.mark.parametrize("prefix", [0, 16])
 def test_the_losses_are_those_of_the_formulas(start, monkeypatch, prefix):
     with_prefix(monkeypatch, prefix)
-    state, c, clips = start("--lambda-pair", "0.7", "--lambda-drift", "0", "--gp-every", "1", "--lambda-rec", "30", "--joint-error-share", "0.5",
-                            "--lambda-code", "2", "--lambda-frame", "3", "--lambda-motion", "0.5")
+    state, c, clips = start(
+        "--lambda-pair", "0.7", "--lambda-drift", "0", "--gp-every", "1", "--lambda-rec", "30", "--joint-error-share",
+        "0.5", "--lambda-code", "2", "--lambda-frame", "3", "--lambda-motion", "0.5")
     batch = joint.draw_batch(state, c, clips, 0)
     batch.shared = True
 
