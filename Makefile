@@ -11,8 +11,9 @@ demo: .venv/run.stamp
 	@echo "images: runs/$(RUN)/generated/seed1_grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
 
 demo-video: .venv/run.stamp
-	$(BIN)/python training.py --folders clips --image-size 64 --vae-kimg 25 --dynamics-kimg 60 --minutes 20 --run demo_clips
-	@echo "samples during training: runs/demo_clips/samples; report: runs/demo_clips/index.html"
+	$(BIN)/python training.py --folders clips --image-size 64 --flip --vae-kimg 24 --dynamics-kimg 56 --minutes 20 --run demo_clips
+	$(BIN)/python generate.py runs/demo_clips --video runs/demo_clips/generated/owls.webp --mode roll --grid 5x2 --fps 10
+	@echo "videos: runs/demo_clips/generated/owls.webp; samples during training: runs/demo_clips/samples; report: runs/demo_clips/index.html"
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2

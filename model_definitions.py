@@ -450,6 +450,11 @@ class Dynamics(nn.Module):
         nn.init.zeros_(self.to_delta.bias)
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
 
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        for name in ("start_mean", "start_root"):    # older files lack them: their videos start from N(0, I)
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def fit(self, codes: Tensor, changes: Tensor) -> None:
         """Sets the buffers from codes (N, LATENT_DIM) and their changes from frame to frame."""
         codes = codes.double()

@@ -13,6 +13,7 @@ import data
 import demo_images
 import dynamics
 import losses
+import model_definitions
 import run_log
 import training
 import training_step
@@ -64,6 +65,15 @@ def test_a_new_layer_predicts_the_newest_code_and_no_code_leaves_the_sphere(star
     torch.testing.assert_close(layer.next_code(window), window.codes[:, 0])
     far = layer.next_code(window._replace(codes=10 * window.codes))
     torch.testing.assert_close(far, 10 * window.codes[:, 0] * longest / (10 * window.codes[:, 0]).norm(dim=1)[:, None])
+
+
+def test_files_from_before_the_fitted_start_load_as_models_that_start_from_noise(start, rng):
+    state, c, _ = start()
+    weights = {name: weight for name, weight in state.ema.state_dict().items() if "dynamics.start_" not in name}
+    generator, _ = model_definitions.build(c)
+    generator.load_state_dict(weights)
+    z = torch.randn(2, c.LATENT_DIM, generator=rng)
+    assert torch.equal(generator.start(z), z) and not torch.equal(state.ema.start(z), z)
 
 
 def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
