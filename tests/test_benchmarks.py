@@ -169,6 +169,16 @@ def test_invalid_input_is_one_line_and_status_2(start, command, words):
     assert status == 2 and error.count("\n") == 1 and words in error, error
 
 
+def test_stages_compares_the_steps_of_all_stages(start):
+    status, out, error = start("stages.py", "--repeats", "1", *SMALL)
+    assert status == 0, error
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == [
+        "still images", "stage 1", *(f"stage 2, {count} frames unrolled" for count in (1, 4, 14)),
+        *(f"stage 3, prefix of {prefix}" for prefix in (0, 8, 16, 24))]
+    assert rows[0][2] == "1.00 (1.00 to 1.00)" and all(float(row[1]) > 0 for row in rows)
+
+
 def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, monkeypatch, capsys):
     clips = demo_images.make_clips(tmp_path / "clips", 3, 40, 32)
     flags = [*SMALL, "--data", str(clips), "--runs-dir", str(tmp_path), "--run", "small", "--folders", "clips",
