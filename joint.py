@@ -73,18 +73,18 @@ class Batch:
     windows: Windows                          # H windows of clips, and the UNROLLED frames after each
     free: Tensor                              # (H, P, LATENT_DIM): codes of the window of free videos, newest first
     free_anchor: Tensor                       # (H, LATENT_DIM): their anchor
-    is_noise: Tensor                          # (H,) bool: where they start from z instead
+    is_noise: Tensor                          # (H,) bool: where free videos start from z instead
     z: Tensor                                 # (H, LATENT_DIM) from N(0, I)
-    target: Tensor                            # (H, C, H, W) in [-1, 1]: the last of these frames
-    earlier: Tensor                           # (H, (P+1)*C, H, W) in [0, 1]: the frames before it, newest first
-    code: Tensor                              # (H, LATENT_DIM): its code, with noise of the posterior
-    distant: Tensor                           # (H, LATENT_DIM): mu of a frame DISTANCES before it
+    target: Tensor                            # (H, C, H, W) in [-1, 1]: the last of the frames after `windows`
+    earlier: Tensor                           # (H, (P+1)*C, H, W) in [0, 1]: the frames before target, newest first
+    code: Tensor                              # (H, LATENT_DIM): of target, with noise of the posterior
+    distant: Tensor                           # (H, LATENT_DIM): mu of a frame DISTANCES before target
     v: Tensor                                 # (H, MOTION_DIM) from N(0, I), of the free videos
     distance: Tensor                          # (H,) int64, in DISTANCES: between the two frames of their far pairs
     free_first: Tensor                        # (H,) bool: of two neighbours, the first one is free
     real: Tensor                              # (B, C, H, W) in [-1, 1]
-    real_before: Tensor                       # (B, C, H, W) in [-1, 1]: the frame before it
-    real_distant: Tensor                      # (B, C, H, W) in [-1, 1]: a frame DISTANCES before it
+    real_before: Tensor                       # (B, C, H, W) in [-1, 1]: the frame before real
+    real_distant: Tensor                      # (B, C, H, W) in [-1, 1]: a frame DISTANCES before real
     e: Tensor                                 # (B, 3) in [0, 1): for x_hat of the three critics
     prefix: int                               # one of PREFIXES
     first: int = 0                            # position of the first video in the batch of BATCH_SIZE
@@ -149,8 +149,7 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
 
     (mu, logvar), shown, distant, is_noise = state.codes, put(shown), put(distant), put(is_noise)
     return Batch(
-        windows, free.codes, free.anchor, is_noise, put(z),
-        images[:, 0], (1 + images[:, 1:].flatten(1, 2)) / 2,
+        windows, free.codes, free.anchor, is_noise, put(z), images[:, 0], (1 + images[:, 1:].flatten(1, 2)) / 2,
         code=mu[shown] + torch.exp(0.5 * logvar[shown]) * put(code_noise), distant=mu[distant], v=put(v),
         distance=put(distance), free_first=put(free_first),
         **real_pairs(state, c, image_set, critic_update, distances[mine].numpy()), e=put(e), prefix=prefix,
@@ -217,7 +216,7 @@ def images_before(generator: Generator, c, run: Tensor) -> Tensor:
     """The P + 1 frames before the last of the codes `run` (H, N, LATENT_DIM), newest first, (H, (P+1)*C, H, W) in
     [0, 1], as the layer would show them with ALPHA_INIT. Only every DECODED_EVERY-th is decoded, and stands for those
     before it: all would take a tenth of the step."""
-    places = run.shape[1] - 2 - torch.arange(0, c.NUM_FRAMES, DECODED_EVERY)
+    places = run.shape[1] - 2 - torch.arange(0, c.NUM_FRAMES, DECODED_EVERY, device=run.device)
     images = generator.layer.displayed(generator.vae.decode(run[:, places].flatten(0, 1)))
     images = images.unflatten(0, (-1, len(places))).repeat_interleave(DECODED_EVERY, dim=1)
     return images[:, :c.NUM_FRAMES].flatten(1, 2)

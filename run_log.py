@@ -205,8 +205,12 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int) -> str:
-    """Returns how long the run will take; if that is over a day, with the flags that make it fit one."""
+def duration_line(c: SimpleNamespace, seconds_per_step: float, step: int, images_seen: int = 0) -> str:
+    """Returns how long the run will take; if that is over a day, with the flags that make it fit one. Of a run on
+    clips, how long stage 1 will take: the other stages have other speeds."""
+    if c.FOLDERS == "clips" and images_seen < 1000 * c.VAE_KIMG:
+        left = (1000 * c.VAE_KIMG - images_seen) / c.BATCH_SIZE * seconds_per_step
+        return f"stage 1 of 3 will take {duration(left)} more at {seconds_per_step:.2f} s per step"
     left = (c.STEPS - step) * seconds_per_step
     text = f"{c.STEPS} steps will take {duration(left)} more at {seconds_per_step:.2f} s per step"
     if c.MINUTES and left > c.MINUTES * 60:
@@ -338,7 +342,7 @@ class Log:
         if step == self.first_step + 1:
             self.first_step_done = now           # the first step is slower than the others
         elif step == self.first_step + 11:
-            print_line(duration_line(c, (now - self.first_step_done) / 10, step))
+            print_line(duration_line(c, (now - self.first_step_done) / 10, step, state.counters["images_seen"]))
         skipped = state.counters["skipped_in_a_row"]
         if step % c.LOG_EVERY and not skipped:
             return

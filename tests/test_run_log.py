@@ -166,11 +166,14 @@ def test_durations_in_words():
 
 
 def test_a_run_of_more_than_a_day_names_flags_that_fit_one():
-    c = SimpleNamespace(STEPS=20000, MINUTES=0)
+    c = SimpleNamespace(STEPS=20000, MINUTES=0, FOLDERS="ignore", VAE_KIMG=40, BATCH_SIZE=8)
     assert "to fit a day, give --steps 10810, or a smaller --image-size" in run_log.duration_line(c, 8.0, 10)
     assert "fit a day" not in run_log.duration_line(c, 1.0, 10)
     c.MINUTES = 30
     assert run_log.duration_line(c, 8.0, 10).endswith("--minutes 30 ends before that")
+    c.FOLDERS = "clips"
+    assert run_log.duration_line(c, 0.5, 10, 1000 * 16) == "stage 1 of 3 will take 25 min more at 0.50 s per step"
+    assert "steps will take" in run_log.duration_line(c, 0.5, 10, 1000 * 40)
 
 
 def test_the_start_prints_the_parameters_of_each_part(capsys):
