@@ -2,8 +2,9 @@
 
 Half of the videos of a batch continue a clip by UNROLLED frames, which the real ones are compared with. The other half
 runs freely: from noise, or from a clip, and first for a while without gradient, so that late frames are judged too.
-Three critics judge all videos: one the last frame; one a near pair, two neighbours; one a far pair, two frames 8 to 15
-apart, which must show the same scene. A pair is (x_a, x_b, x_b - x_a). Random draws are keyed, as in training_step.py.
+Three critics judge all videos: one the last frame; one a near pair, two neighbours; one a far pair, the anchor and the
+last frame, which must show the same scene. A pair is (x_a, x_b, x_b - x_a). Random draws are keyed, as in
+training_step.py.
 """
 
 import dataclasses
@@ -23,9 +24,8 @@ from dynamics import Windows, unrolled
 from model_definitions import Generator, Window
 from training_step import to_device
 
-PREFIXES = (0, 8, 16, 24)      # frames that free videos run before those with gradient; one of them per step
+PREFIXES = (0, 8, 24, 64)      # frames that free videos run before those with gradient; one of them per step
 UNROLLED = 3                   # predicted frames with gradient
-DISTANCES = range(8, 16)       # frames between the two of a far pair
 CLIP_STARTS = 0.5              # share of the free videos that start from the window of a clip
 DECODED_EVERY = 4              # of the images of a free video that the Transformer reads
 WARM_UP = 100                  # steps in which the learning rates of decoder and layer rise
@@ -58,7 +58,7 @@ class Videos(NamedTuple):
     """The generator's pass over a batch of B videos, of which H = B / 2 are compared with their clips."""
     frame: Tensor                             # (B, C, H, W) in [-1, 1]: for the frame critic
     near: Tensor                              # (B, 3*C, H, W): a pair of neighbours
-    far: Tensor | None                        # (B, 3*C, H, W): a pair of distant frames
+    far: Tensor | None                        # (B, 3*C, H, W): anchor and last frame
     alpha: Tensor                             # (2B, 1, H, W)
     reconstruction: Tensor                    # (H, C, H, W) in [-1, 1], of `target`
     predicted: Tensor                         # (H, C, H, W) in [-1, 1], of `target`
@@ -75,16 +75,14 @@ class Batch:
     free_anchor: Tensor                       # (H, LATENT_DIM): their anchor
     is_noise: Tensor                          # (H,) bool: where free videos start from z instead
     z: Tensor                                 # (H, LATENT_DIM) from N(0, I)
+    v: Tensor                                 # (H, MOTION_DIM) from N(0, I), of free videos
     target: Tensor                            # (H, C, H, W) in [-1, 1]: the last of the frames after `windows`
     earlier: Tensor                           # (H, (P+1)*C, H, W) in [0, 1]: the frames before target, newest first
     code: Tensor                              # (H, LATENT_DIM): of target, with noise of the posterior
-    distant: Tensor                           # (H, LATENT_DIM): mu of a frame DISTANCES before target
-    v: Tensor                                 # (H, MOTION_DIM) from N(0, I), of the free videos
-    distance: Tensor                          # (H,) int64, in DISTANCES: between the two frames of their far pairs
     free_first: Tensor                        # (H,) bool: of two neighbours, the first one is free
     real: Tensor                              # (B, C, H, W) in [-1, 1]
     real_before: Tensor                       # (B, C, H, W) in [-1, 1]: the frame before real
-    real_distant: Tensor                      # (B, C, H, W) in [-1, 1]: a frame DISTANCES before real
+    real_anchor: Tensor                       # (B, C, H, W) in [-1, 1]: any frame of the clip
     e: Tensor                                 # (B, 3) in [0, 1): for x_hat of the three critics
     prefix: int                               # one of PREFIXES
     first: int = 0                            # position of the first video in the batch of BATCH_SIZE
@@ -130,8 +128,7 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     v = torch.randn(half, c.MOTION_DIM, generator=rng)[mine_of_half]
     draws = torch.rand(2, half, generator=rng)[:, mine_of_half]
     free_first, is_noise = draws[0] < 0.5, draws[1] >= CLIP_STARTS
-    distances = DISTANCES[0] + torch.randint(len(DISTANCES), (c.BATCH_SIZE,), generator=rng)
-    e = torch.rand(c.BATCH_SIZE, 3, generator=rng)[mine]
+    anchors, *e = torch.rand(4, c.BATCH_SIZE, generator=rng)[:, mine]
     prefix = PREFIXES[torch.randint(len(PREFIXES), (), generator=state.rng(c, "prefix"))]
 
     windows, places, _ = dynamics.draw_windows(state, c, image_set, c.BATCH_SIZE, UNROLLED, critic_update)
@@ -140,32 +137,27 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
     shown = (places.first + UNROLLED - 1).minimum(places.end - 1)
     rows = torch.cat([shown[:, None], places.before(shown, past + 1)], dim=1)                       # (H, 1 + P + 1)
     images = dynamics.read_frames(image_set, rows, places.mirror, state.device)
-    distance = distances[:half][mine_of_half]
-    distant = (shown - distance).maximum(places.begin) + places.mirror
-    shown = shown + places.mirror
 
     def put(tensor):
         return to_device(tensor, state.device)
 
-    (mu, logvar), shown, distant, is_noise = state.codes, put(shown), put(distant), put(is_noise)
+    (mu, logvar), shown = state.codes, put(shown + places.mirror)
     return Batch(
-        windows, free.codes, free.anchor, is_noise, put(z), images[:, 0], (1 + images[:, 1:].flatten(1, 2)) / 2,
-        code=mu[shown] + torch.exp(0.5 * logvar[shown]) * put(code_noise), distant=mu[distant], v=put(v),
-        distance=put(distance), free_first=put(free_first),
-        **real_pairs(state, c, image_set, critic_update, distances[mine].numpy()), e=put(e), prefix=prefix,
-        first=mine.start)
+        windows, free.codes, free.anchor, put(is_noise), put(z), put(v), images[:, 0],
+        (1 + images[:, 1:].flatten(1, 2)) / 2, mu[shown] + torch.exp(0.5 * logvar[shown]) * put(code_noise),
+        put(free_first), *real_frames(state, c, image_set, critic_update, anchors.numpy()), put(torch.stack(e, dim=1)),
+        prefix, mine.start)
 
 
-def real_pairs(state, c, image_set: data.ImageSet, critic_update: int, distance: np.ndarray) -> dict[str, Tensor]:
-    """Returns real, real_before and real_distant, mirrored alike with FLIP. In clips that are shorter than the
-    distance, the distance is smaller."""
+def real_frames(state, c, image_set: data.ImageSet, critic_update: int, draws: np.ndarray) -> Iterator[Tensor]:
+    """Yields real, real_before and real_anchor, mirrored alike with FLIP. draws (B,) in [0, 1): choose the anchor."""
     rows, flips = training_step.rows_of_images(state, c, image_set, critic_update)
     clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
     begin, end = (image_set.clip_offsets[clips + i] for i in (0, 1))
-    distance = np.minimum(distance, end - 1 - begin)
-    rows = np.maximum(rows, begin + distance)
-    return {name: training_step.read_images(image_set, rows - back, state.device, flips)
-            for name, back in (("real", 0), ("real_before", 1), ("real_distant", distance))}
+    rows = np.maximum(rows, begin + 1)                           # the first frame of a clip has none before it
+    anchors = np.minimum(begin + (draws * (end - begin)).astype(int), end - 1)
+    for chosen in (rows, rows - 1, anchors):
+        yield training_step.read_images(image_set, chosen, state.device, flips)
 
 
 # ------------------------------------------------------------------------------------- generator's pass
@@ -202,10 +194,9 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     frame, far = last, None
     if batch.prefix:
         with torch.no_grad():
-            place = torch.arange(half, device=run.device), (run.shape[1] - 1 - batch.distance).clamp_min(0)
-            distant = generator(torch.cat([batch.distant, run[place]])).split(half)
-        far = batch.mixed(*map(pair, distant, last))
-    else:                                        # no frame from noise is DISTANCES before the last one
+            anchors = generator(anchor).split(half)
+        far = batch.mixed(*map(pair, anchors, last))
+    else:                                        # the last frame from noise is too close to its anchor, the first
         frame = last[0], torch.where(is_noise[:, None, None], stills[half:], last[1])
     return Videos(batch.mixed(*frame), batch.mixed(*map(pair, before, last)), far, alpha, stills[:half], last[0],
                   dynamics.code_error(codes[:half], known), kl)
@@ -245,7 +236,7 @@ def pair_critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     """L_D of the near critic and of the far critic."""
     videos = videos_for_critics(state.generator, c, batch)
     for number, (name, real, fake) in enumerate((("near", batch.real_before, videos.near),
-                                                 ("far", batch.real_distant, videos.far)), 1):
+                                                 ("far", batch.real_anchor, videos.far)), 1):
         if fake is not None:
             yield from training_step.wasserstein_terms(
                 state.pair_critics[name], c, pair(real, batch.real), fake.detach(), batch.e[:, number], batch.first,

@@ -113,8 +113,8 @@ HEALTHY = (
     Value("near_gradient_norm", "Gradient norm, neighbours", "The gradient norm of that critic.", (0.7, 2.5),
           lost=(0, 10), advice="The critic diverges. Try a lower --critic-learning-rate or a higher --lambda-gp"),
     Value("near_gradient_penalty", "Gradient penalty, neighbours", "That critic's penalty.", (0, 2)),
-    Value("far_score_gap", "Score gap, distant frames", "Clips, stage 3: as the score gap, of the critic of pairs that "
-          "are 8 to 15 frames apart. Steps with PREFIX 0 have none."),
+    Value("far_score_gap", "Score gap, distant frames", "Clips, stage 3: as the score gap, of the critic of pairs of a "
+          "frame and the anchor. Steps without a prefix have none."),
     Value("far_gradient_norm", "Gradient norm, distant frames", "The gradient norm of that critic.", (0.7, 2.5),
           lost=(0, 10), advice="The critic diverges. Try a lower --critic-learning-rate or a higher --lambda-gp"),
     Value("far_gradient_penalty", "Gradient penalty, distant frames", "That critic's penalty.", (0, 2)),

@@ -42,10 +42,9 @@ def test_batches_hold_what_they_say(start, monkeypatch):
         pixels = torch.from_numpy(clips.images).permute(0, 3, 1, 2) / 127.5 - 1
         clip_of = np.repeat(np.arange(5), np.diff(clips.clip_offsets))
         for i in range(32):
-            shown, distant = int(batch.code[i, 0]), int(batch.distant[i, 0])
+            shown = int(batch.code[i, 0])
             assert batch.windows.targets[i, -1, 0] == shown and torch.equal(batch.target[i], pixels[shown])
             begin = clips.clip_offsets[clip_of[shown]]
-            assert distant == begin or (8 <= shown - distant <= 15 and distant > begin)
             cold = batch.windows.cold[i]
             oldest = int(batch.windows.codes[i, 0, 0]) if cold else begin
             rows = [max(shown - k, oldest) for k in range(1, PAST + 2)]
@@ -58,19 +57,18 @@ def test_real_pairs_are_frames_of_one_clip(start):
     state, c, clips = start("--batch-size", "64", "--flip")
     batch = joint.draw_batch(state, c, clips, 0)
     found = set()
-    for images in zip(batch.real, batch.real_before, batch.real_distant):
+    for images in zip(batch.real, batch.real_before, batch.real_anchor):
         frames = [((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for image in images]
         rows = [np.flatnonzero((clips.images == frame).all((1, 2, 3))) for frame in frames]
         flipped = not len(rows[0])
         if flipped:                                              # then all three are
             rows = [np.flatnonzero((clips.images == frame[:, ::-1]).all((1, 2, 3))) for frame in frames]
-        (row,), (before,), (distant,) = rows
+        (row,), (before,), (anchor,) = rows
         clip = np.searchsorted(clips.clip_offsets, row, side="right") - 1
-        length = clips.clip_offsets[clip + 1] - clips.clip_offsets[clip]
-        assert before == row - 1 and clips.clip_offsets[clip] <= distant
-        assert row - distant in range(min(8, length - 1), min(15, length - 1) + 1)
-        found.add((int(clip), flipped))
-    assert {clip for clip, _ in found} <= set(range(4)) and {flipped for _, flipped in found} == {True, False}
+        assert before == row - 1 and clips.clip_offsets[clip] <= anchor < clips.clip_offsets[clip + 1]
+        found.add((int(clip), flipped, bool(anchor < row)))
+    clips, flips, sides = map(set, zip(*found))
+    assert clips <= set(range(4)) and flips == sides == {True, False}
 
 
 def test_ranks_and_pieces_share_the_batch(start):
@@ -133,9 +131,8 @@ def test_videos_are_those_of_a_frame_by_frame_roll(start, monkeypatch, prefix):
         expected = generator(first) if prefix == 0 and batch.is_noise[i] else last
         torch.testing.assert_close(made.frame[[free]], expected)
         if prefix:
-            distant = codes[max(0, len(codes) - 1 - int(batch.distance[i]))]
-            torch.testing.assert_close(made.far[[free], :3], generator(distant[None]))
-            torch.testing.assert_close(made.far[[compared], :3], generator(batch.distant[one]))
+            torch.testing.assert_close(made.far[[free], :3], generator(window.anchor))
+            torch.testing.assert_close(made.far[[compared], :3], generator(known.anchor[one]))
             assert torch.equal(made.far[:, 6:], made.far[:, 3:6] - made.far[:, :3])
     assert (made.far is None) == (prefix == 0) and made.motion_kl == kl
 
@@ -174,8 +171,8 @@ def test_the_losses_are_those_of_the_formulas(start, monkeypatch, prefix):
     before, real = batch.real_before, batch.real
     expected = critic_loss(near, torch.cat([before, real, real - before], 1), pair, batch.e[:, 1])
     if prefix:
-        distant = batch.real_distant
-        expected += critic_loss(far, torch.cat([distant, real, real - distant], 1), made.far.detach(), batch.e[:, 2])
+        anchor = batch.real_anchor
+        expected += critic_loss(far, torch.cat([anchor, real, real - anchor], 1), made.far.detach(), batch.e[:, 2])
     torch.testing.assert_close(pair_loss, expected)
 
     (loss, values), = joint.generator_terms(state, c, batch)
