@@ -227,7 +227,9 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
             step = (training_step, dynamics.motion_step, joint.joint_step)[dynamics.stage(state, c) - 1]
-            values = step(state, c, image_set)
+            stage, values = counters["stage"], step(state, c, image_set)
+            if counters["stage"] > stage:
+                print_line(f"step {counters['step']}: stage {counters['stage']} of 3 has begun")
             if must_wait(state, c):
                 state.count_skipped()
             if counters["step"] % c.LOG_EVERY == 0 or counters["skipped_in_a_row"]:

@@ -346,6 +346,7 @@ def test_a_run_on_clips_logs_its_stages_and_shows_videos(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 clips of 12 frames to train on, 0 clips held out" in out and "code tokens and Delta head" in out
     assert "not measured" not in out and "the run ended in stage" not in out and "critics of pairs" in out
+    assert "step 3: stage 2 of 3 has begun" in out and "step 7: stage 3 of 3 has begun" in out
     rows = lines(tmp_path)
     assert [row["stage"] for row in rows if "stage" in row] == [1, 1, 2, 2, 2, 2, 3, 3]
     measured = [row for row in rows if "evaluate_r1" in row]
