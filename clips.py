@@ -201,10 +201,15 @@ def _video(path, settings, stride):
                     yield to_pixels(picture, settings, conversion, turn)[0], size
 
 
+def _frames(path, settings, stride):
+    """Yields the pixels and the size of every stride-th frame of a video or animated file."""
+    return (_video if os.fspath(path).lower().endswith(VIDEOS) else _animation)(path, settings, stride)
+
+
 def last_frames(path: str | os.PathLike, settings: tuple[int, int, int], stride: int, count: int) -> list[np.ndarray]:
     """Returns the last `count` of every stride-th frames of a video or animated file, (H, W, C) uint8, the file's last
     one included. Raises InputError."""
-    frames = (_video if os.fspath(path).lower().endswith(VIDEOS) else _animation)(path, settings, 1)
+    frames = _frames(path, settings, 1)
     last = collections.deque(maxlen=(count - 1) * stride + 1)
     while frame := _next(frames):
         if isinstance(frame, Decoded):
@@ -221,7 +226,7 @@ def decode_video(path: str | os.PathLike, settings: tuple[int, int, int], stride
     of its frames cannot be decoded, or because they have different sizes. Raises OSError if pixel_file cannot be
     written.
     """
-    frames = (_video if os.fspath(path).lower().endswith(VIDEOS) else _animation)(path, settings, stride)
+    frames = _frames(path, settings, stride)
     keys, first = [], None
     with warnings.catch_warnings(), open(pixel_file, "wb") as out:
         warnings.simplefilter("ignore")    # Pillow warns about odd metadata

@@ -34,7 +34,8 @@ WARM_UP = 100                  # steps in which the learning rates of decoder an
 # ------------------------------------------------------------------------------------- stage
 
 def begin(state, c, image_set: data.ImageSet) -> None:
-    """Starts stage 3, or continues it after a resume. The generator takes its averaged weights at the start."""
+    """Starts stage 3, continues it after a resume, or does nothing. The generator takes its averaged weights at the
+    start."""
     if state.counters["stage"] < 3:
         state.counters["stage"] = 3
         state.generator.load_state_dict(state.ema.state_dict())
@@ -152,8 +153,7 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
 def real_frames(state, c, image_set: data.ImageSet, critic_update: int, draws: np.ndarray) -> Iterator[Tensor]:
     """Yields real, real_before and real_anchor, mirrored alike with FLIP. draws (B,) in [0, 1): choose the anchor."""
     rows, flips = training_step.rows_of_images(state, c, image_set, critic_update)
-    clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
-    begin, end = (image_set.clip_offsets[clips + i] for i in (0, 1))
+    begin, end = training_step.clip_bounds(image_set, rows)
     rows = np.maximum(rows, begin + 1)                           # the first frame of a clip has none before it
     anchors = np.minimum(begin + (draws * (end - begin)).astype(int), end - 1)
     for chosen in (rows, rows - 1, anchors):
@@ -279,8 +279,7 @@ def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
 
 def joint_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step of stage 3. Returns as training_step."""
-    if state.counters["stage"] < 3 or state.codes is None:
-        begin(state, c, image_set)
+    begin(state, c, image_set)
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
     set_learning_rates(state, c)
     return training_step.take_step(state, c, apply_updates, batches, c.BATCH_SIZE, since=1000 * c.DYNAMICS_KIMG)

@@ -4,7 +4,7 @@ Training calls this on held-out clips, or on training clips if the set is too sm
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,17 +102,17 @@ def course(frames: Iterable[Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def made_course(generator: Generator, c: SimpleNamespace, device: torch.device,
-                frames: int = LONG) -> dict[str, Tensor]:
-    """Returns the course of videos from noise, and "length": |z| / sqrt(LATENT_DIM)."""
+def made_course(generator: Generator, window: Window, frames: int = LONG,
+                course_of: Callable[[Iterable[Tensor]], dict[str, Tensor]] = course) -> dict[str, Tensor]:
+    """Returns the course of the videos after a window, and "length": |z| / sqrt(LATENT_DIM)."""
     lengths = []
 
     def images():
-        for image, z in itertools.islice(generator.roll(from_noise(generator, c, VIDEOS, device)), frames):
-            lengths.append(z.norm(dim=1) / c.LATENT_DIM ** 0.5)
+        for image, z in itertools.islice(generator.roll(window), frames):
+            lengths.append(z.norm(dim=1) / z.shape[1] ** 0.5)
             yield image
 
-    return course(images()) | {"length": torch.stack(lengths)}
+    return course_of(images()) | {"length": torch.stack(lengths)}
 
 
 def real_course(image_set: data.ImageSet, device: torch.device, frames: int = LONG) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def video_values(made: dict[str, Tensor], real: dict[str, Tensor]) -> dict[str, 
 def compared(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet, device: torch.device) -> dict:
     """Returns {value: {"made": medians of videos from noise, frame by frame, "low", "high": 5% and 95% quantiles of
     real clips, or of the videos where clips have no such value}}."""
-    made, real = made_course(generator, c, device), real_course(image_set, device)
+    made, real = made_course(generator, from_noise(generator, c, VIDEOS, device)), real_course(image_set, device)
 
     def curve(values, share):
         return [float(f"{value:.4g}") for value in values.quantile(share, dim=1).tolist()]
@@ -157,7 +157,8 @@ def measure(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
     """Returns prediction_errors and video_values."""
     device = codes[0].device
     return (prediction_errors(generator, c, image_set, codes)
-            | video_values(made_course(generator, c, device), real_course(image_set, device)))
+            | video_values(made_course(generator, from_noise(generator, c, VIDEOS, device)),
+                           real_course(image_set, device)))
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def videos(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
     for start in (window, from_noise(generator, c, SHOWN, device)):
         images = [image for image, _ in itertools.islice(generator.roll(start), SHOWN_FRAMES)]
         made.append(torch.stack(images, dim=1))
-    ends = image_set.clip_offsets[np.searchsorted(image_set.clip_offsets, first, side="right")]
+    _, ends = training_step.clip_bounds(image_set, first)
     rows = first[:, None] + np.arange(SHOWN_FRAMES)
     real = training_step.read_images(image_set, np.minimum(rows, ends[:, None] - 1).flatten(), device)
     real = real.unflatten(0, rows.shape)

@@ -100,10 +100,15 @@ def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tu
     return rows, flips
 
 
+def clip_bounds(image_set: data.ImageSet, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the row of the first frame of each image's clip, and that of its last frame + 1."""
+    ends = np.searchsorted(image_set.clip_offsets, rows, side="right")
+    return image_set.clip_offsets[ends - 1], image_set.clip_offsets[ends]
+
+
 def frames_of_clips(image_set: data.ImageSet, rows: np.ndarray) -> np.ndarray:
     """Returns the rows of CLIP_SAMPLE evenly spaced frames of each image's clip, (B, CLIP_SAMPLE)."""
-    clips = np.searchsorted(image_set.clip_offsets, rows, side="right") - 1
-    first, end = image_set.clip_offsets[clips, None], image_set.clip_offsets[clips + 1, None]
+    first, end = (bound[:, None] for bound in clip_bounds(image_set, rows))
     return first + (end - first) * (2 * np.arange(CLIP_SAMPLE) + 1) // (2 * CLIP_SAMPLE)
 
 

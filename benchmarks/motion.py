@@ -17,7 +17,7 @@ Then 32 videos from noise are compared with the held-out clips. speed: of the ow
 those of frame 0. drift: how far the mean colour of frame 31 is from that of frame 0, values from -1 to 1.
 """
 
-import itertools
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -167,30 +167,20 @@ def measure_videos(generator: Generator, c, image_set: data.ImageSet, reader: Po
     clips = rollouts.shown_clips(image_set)[:CLIPS]
     begin, length = image_set.clip_offsets[clips], np.diff(image_set.clip_offsets)[clips].min()
     real = watch((read_images(image_set, begin + t, torch.device("cpu")) for t in range(length)), reader)
-    lengths = []
-
-    def from_noise(window, count):
-        for image, z in itertools.islice(generator.roll(window), count):
-            lengths.append(z.norm(dim=1).mean())
-            yield image
-
     window = rollouts.from_noise(generator, c, VIDEOS, torch.device("cpu"))
-    made = watch(from_noise(window, FRAMES), reader)
-    growth = [lengths[-1] / lengths[0]]
-    few = Window(*(tensor[:4] for tensor in window))
-    lengths.clear()
-    contrast = rollouts.course(from_noise(few, LONG_FRAMES))["contrast"].mean(1)
-    growth.append(lengths[-1] / lengths[0])
+    made = rollouts.made_course(generator, window, FRAMES, functools.partial(watch, reader=reader))
+    long = rollouts.made_course(generator, Window(*(tensor[:4] for tensor in window)), LONG_FRAMES)
+
+    def kept(values, name):
+        return f"{(values[name][-1].mean() / values[name][0].mean()).item():.2f}"
 
     def row(values, *more):
         speeds = values["speed"].flatten().quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-        kept = (values["contrast"][-1].mean() / values["contrast"][0].mean()).item()
-        drift = values["drift"][min(rollouts.DRIFT_AT, len(values["drift"]) - 1)].mean().item()
-        return [" / ".join(f"{speed:.2f}" for speed in speeds), f"{kept:.2f}", f"{drift:.4f}", *more]
+        drift = rollouts.drift_of(values, min(rollouts.DRIFT_AT, len(values["drift"]) - 1))
+        return [" / ".join(f"{speed:.2f}" for speed in speeds), kept(values, "contrast"), f"{drift:.4f}", *more]
 
     return {"real clips": row(real, "", "", ""),
-            "videos from noise": row(made, *(f"{value:.2f}" for value in (growth[0], contrast[-1] / contrast[0],
-                                                                          growth[1])))}
+            "videos from noise": row(made, kept(made, "length"), kept(long, "contrast"), kept(long, "length"))}
 
 
 def start(argv: Sequence[str] | None) -> None:
