@@ -30,7 +30,7 @@ import command_line
 from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
-CLIP_FORMAT = 2  # the same for what only the clips show
+CLIP_FORMAT = 3  # the same for what only the clips show
 MARKER, STATES = "demo_set.json", "states.npz"
 Point = tuple[float, float]
 Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
@@ -393,8 +393,9 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
     The owl flies as a ball does: at height h above the branch it moves by vx sideways and by vy down, and vy grows by
     GRAVITY per frame; the sides of the image turn vx around. Where it lands, four of five hops are repeated at
     once; the fifth is followed by a rest and by a hop of another height, speed and direction. The head turns by a
-    quarter of the way to its goal in each frame. Random are only: the kind of the next hop, the rest, the goal and the
-    time of the next one, and the time of the next blink. All else follows from the frames before.
+    quarter of the way to its goal in each frame. The eyes blink at the top of each hop, and now and then in a rest.
+    Random are only: the kind of the next hop, the rest and its blinks, the goal and the time of the next one. All else
+    follows from the frames before.
 
     x, y: middle of the body, in image coordinates: -1..1, y down
     vx, vy: velocity just after the frame, after the landing or bounce that it shows, per frame; in the air
@@ -430,7 +431,11 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
         if rng.random() < 1 / 12:
             goal = rng.uniform(-0.45, 0.45), rng.uniform(-1, 1)
         tilt, turn = tilt + (goal[0] - tilt) / 4, turn + (goal[1] - turn) / 4
-        blink = 0 if blink >= len(BLINK) and rng.random() < 1 / 14 else blink + 1
+        if in_air:
+            blinks = in_air == (hop + 3) // 2  # 4 frames around the top, so that they do not show vy
+        else:
+            blinks = blink >= len(BLINK) and rng.random() < 1 / 14
+        blink = 0 if blinks else blink + 1
         rows.append((x, PERCH - (FEET - BODY) * scale - height, vx if in_air else 0.0, -rise, tilt, turn,
                      BLINK[blink] if blink < len(BLINK) else 0.0, landed, bounced))
     names = ("x", "y", "vx", "vy", "tilt", "turn", "lids", "landed", "bounced")

@@ -53,10 +53,11 @@ def begin(state, c, image_set: data.ImageSet) -> None:
     state.generator.vae.load_state_dict(state.ema.vae.state_dict())
     state.graphs.clear()                             # those of stage 1 are not needed any more
     state.codes = mu, _ = encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
-    later = np.setdiff1d(image_set.train, image_set.clip_offsets)             # all frames but the first of each clip
-    shown = np.concatenate([image_set.train + len(image_set.images) * flip for flip in range(1 + c.FLIP)])
+    parts = (mu[row:row + len(image_set.images)].split(np.diff(image_set.clip_offsets).tolist())
+             for row in range(0, len(mu), len(image_set.images)))                 # of all clips, then of mirrored ones
+    clips = [codes[clip] for codes in parts for clip in image_set.train_clips]
     for generator in (state.generator, state.ema):
-        generator.layer.dynamics.fit(mu[shown], mu[later] - mu[later - 1])
+        generator.layer.dynamics.fit(clips)
 
 
 @torch.no_grad()

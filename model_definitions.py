@@ -9,7 +9,7 @@ Sizes are keyword arguments, with the values of config.py as defaults; `build` p
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -427,14 +427,15 @@ class Dynamics(nn.Module):
     """The parts of TransformerParamTanh that learn motion: tokens of the codes and of v, the Delta head, and the motion
     posterior, which only training uses. frames: P; dim: of a token.
 
-    Stage 2 finds three buffers in the data. `change`: the unit of differences between codes, their standard deviation
-    from frame to frame. start_mean and start_root: of the Gaussian of all codes, which videos start from. docs/video.md
-    has the gains.
+    Stage 2 finds its buffers in the data. `change`: the unit of differences between codes, their standard deviation
+    from frame to frame. start_mean and start_root: of the Gaussian of all codes, which videos start from. `whiten`: of
+    the difference between two codes of one clip; it makes its covariance I. docs/video.md has the gains.
     """
 
     HIDDEN = 256
     LOGVAR = (-8.0, 4.0)            # range of v's log variance
     SMALLEST = 1e-3                 # standard deviation of a dimension of the codes, where nothing moves
+    REACH = 1.5                     # largest length of a whitened z - anchor, in lengths of a z from N(0, I)
 
     def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
         super().__init__()
@@ -443,6 +444,7 @@ class Dynamics(nn.Module):
         self.register_buffer("change", torch.ones(latent_dim))
         self.register_buffer("start_mean", torch.zeros(latent_dim))
         self.register_buffer("start_root", torch.eye(latent_dim))
+        self.register_buffer("whiten", torch.eye(latent_dim))
         self.positions = nn.Parameter(0.3 * torch.randn(1, frames, dim))
         self.to_hidden = nn.Linear(frames * dim + 3 * latent_dim + motion_dim, self.HIDDEN)
         self.to_delta = nn.Linear(self.HIDDEN, latent_dim)
@@ -451,17 +453,24 @@ class Dynamics(nn.Module):
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
-        for name in ("start_mean", "start_root"):    # older files lack them: their videos start from N(0, I)
+        for name in ("start_mean", "start_root", "whiten"):    # older files lack them: their videos start from N(0, I)
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def fit(self, codes: Tensor, changes: Tensor) -> None:
-        """Sets the buffers from codes (N, LATENT_DIM) and their changes from frame to frame."""
-        codes = codes.double()
-        covariance = torch.cov(codes.T) + self.SMALLEST ** 2 * torch.eye(codes.shape[1], device=codes.device)
+    def fit(self, clips: Sequence[Tensor]) -> None:
+        """Sets the buffers from the codes of clips, each (T, LATENT_DIM)."""
+        clips = [codes.cpu().double() for codes in clips]             # MPS has no float64
+        codes, changes, centred = (torch.cat(parts) for parts in zip(*(
+            (codes, codes.diff(dim=0), codes - codes.mean(0)) for codes in clips)))
+
+        def root(covariance):
+            least = self.SMALLEST ** 2 * torch.eye(len(covariance))
+            return torch.linalg.cholesky(covariance + least)
+
         self.start_mean.copy_(codes.mean(0))
-        self.start_root.copy_(torch.linalg.cholesky(covariance))
+        self.start_root.copy_(root(torch.cov(codes.T)))
         self.change.copy_(changes.square().mean(0).sqrt().clamp_min(self.SMALLEST))
+        self.whiten.copy_(torch.linalg.inv(root(2 * centred.T @ centred / len(centred))))
 
     def start(self, z: Tensor) -> Tensor:
         """z (B, LATENT_DIM) from N(0, I) -> codes from the Gaussian of all codes."""
@@ -480,6 +489,14 @@ class Dynamics(nn.Module):
         with full_precision(newest):
             known = torch.cat([outputs.flatten(1).to(newest.dtype), newest, window.v, anchor, anchor - newest], dim=1)
             return self.change * self.to_delta(F.relu(self.to_hidden(known)))
+
+    def near_anchor(self, code: Tensor, anchor: Tensor) -> Tensor:
+        """Returns codes (B, LATENT_DIM), each moved towards its anchor if it is farther away than two codes of a clip
+        are. Where clips do not change, as in their colours, a small distance counts as far."""
+        with full_precision(code):
+            difference, longest = code - anchor, self.REACH * math.sqrt(code.shape[1])
+            length = (difference @ self.whiten.T).norm(dim=1, keepdim=True)
+            return anchor + difference * (longest / length.clamp_min(longest))
 
     def posterior(self, before: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """q(v | mu_{t-1}, mu_t, mu_{t+1}), each (B, LATENT_DIM) -> mean and logvar of v, (B, MOTION_DIM)."""
@@ -510,7 +527,6 @@ class TransformerParamTanh(nn.Module):
     rendering; the patch tokens of a rendered frame attend to everything.
     """
 
-    RADIUS = 1.1  # largest length of a predicted code, in lengths of a z from N(0, I)
     CELL = 4      # one s per CELL x CELL pixels; bilinear interpolation leaves no seams between patches
 
     def __init__(self, image_size: int, channels: int = 3, num_frames: int = 16, patch: int = 16, dim: int = 48,
@@ -572,11 +588,9 @@ class TransformerParamTanh(nn.Module):
         return self.transformer.norm(apply_in_turn(layers, tokens, mask, recompute=self.recompute))
 
     def next_code(self, window: Window) -> Tensor:
-        """Returns the code of the frame after the window, (B, LATENT_DIM), at most RADIUS * sqrt(LATENT_DIM) long."""
+        """Returns the code of the frame after the window, (B, LATENT_DIM)."""
         outputs = self.encode(self.dynamics.tokens(window))[:, :-1]
-        code = window.codes[:, 0] + self.dynamics.delta(outputs, window)
-        longest = self.RADIUS * math.sqrt(code.shape[1])
-        return code * (longest / code.norm(dim=1, keepdim=True).clamp_min(longest))
+        return self.dynamics.near_anchor(window.codes[:, 0] + self.dynamics.delta(outputs, window), window.anchor)
 
     def encode_patches(self, patches: Tensor, window: Window) -> Tensor:
         """Returns the Transformer's outputs of the patch tokens (B, N, D) of a frame that follows the window."""

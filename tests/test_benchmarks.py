@@ -187,6 +187,7 @@ def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, mo
     capsys.readouterr()
     monkeypatch.setattr(motion, "LONG_FRAMES", 70)
     monkeypatch.setattr(motion, "VIDEOS", 2)
+    monkeypatch.setattr(motion, "CLIPS", 3)
     assert motion.main([str(tmp_path / "small"), "--steps", "4", "--strip", str(tmp_path / "strip.png")]) == 0
     def table(text):
         return {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")]

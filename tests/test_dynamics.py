@@ -1,10 +1,12 @@
 """Stage 2 of a run on clips: windows and draws, and the algorithm; whole runs on clips."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PAST, SMALL, error_line, lines
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,21 +57,24 @@ def test_codes_are_predicted_without_pixels_and_pixels_read_the_codes(start, rng
         assert (layer.alpha(x, earlier, window=window) - layer.alpha(x, earlier, window=other)).abs().max() > 1e-4
 
 
-def test_a_new_layer_predicts_the_newest_code_and_no_code_leaves_the_sphere(start, rng):
+def test_a_new_layer_predicts_the_newest_code_and_no_code_is_farther_from_the_anchor_than_clips_are(start, rng):
     state, c, _ = start()
     layer, window = state.generator.layer, window_of(c, rng)
     layer.dynamics.to_delta.weight.data.zero_()
-    longest = layer.RADIUS * c.LATENT_DIM ** 0.5
-    window = window._replace(codes=window.codes / 2)
-    assert window.codes[:, 0].norm(dim=1).max() < longest
-    torch.testing.assert_close(layer.next_code(window), window.codes[:, 0])
-    far = layer.next_code(window._replace(codes=10 * window.codes))
-    torch.testing.assert_close(far, 10 * window.codes[:, 0] * longest / (10 * window.codes[:, 0]).norm(dim=1)[:, None])
+    unit = torch.linspace(0.1, 2, c.LATENT_DIM)                                 # how much a clip changes, by dimension
+    layer.dynamics.whiten.copy_(torch.diag(1 / unit))
+    near, far = (window.anchor + factor * unit * F.normalize(window.codes[:, 0]) for factor in (2, 50))
+    longest = layer.dynamics.REACH * c.LATENT_DIM ** 0.5
+    assert 2 < longest < 50
+    for code, factor in ((near, 2), (far, longest)):
+        found = layer.next_code(window._replace(codes=torch.stack([code, *window.codes[:, 1:].unbind(1)], 1)))
+        torch.testing.assert_close(found, window.anchor + factor * unit * F.normalize(window.codes[:, 0]))
 
 
-def test_files_from_before_the_fitted_start_load_as_models_that_start_from_noise(start, rng):
+def test_files_from_before_the_fitted_buffers_load_as_models_that_start_from_noise(start, rng):
     state, c, _ = start()
-    weights = {name: weight for name, weight in state.ema.state_dict().items() if "dynamics.start_" not in name}
+    weights = {name: weight for name, weight in state.ema.state_dict().items()
+               if "dynamics.start_" not in name and "whiten" not in name}
     generator, _ = model_definitions.build(c)
     generator.load_state_dict(weights)
     z = torch.randn(2, c.LATENT_DIM, generator=rng)
@@ -266,6 +271,13 @@ def test_stage_2_begins_with_the_averaged_vae(start):
     drawn, codes = state.ema.start(noise), state.codes[0][:72]                 # of the training clips
     torch.testing.assert_close(drawn.mean(0), codes.mean(0), rtol=0, atol=0.05 * codes.std().item())
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(codes.T), rtol=0.05, atol=0.05 * codes.var().item())
+    offsets = clips.clip_offsets[:5].tolist()
+    pairs = torch.cat([(codes[i:j, None] - codes[None, i:j]).flatten(0, 1) / (j - i) ** 0.5      # each frame counts 1
+                       for i, j in itertools.pairwise(offsets)]).double()
+    floor = state.ema.layer.dynamics.SMALLEST ** 2 * torch.eye(c.LATENT_DIM)
+    whiten = state.ema.layer.dynamics.whiten.double()
+    white = whiten @ (pairs.T @ pairs / len(codes) + floor) @ whiten.T
+    torch.testing.assert_close(white, torch.eye(c.LATENT_DIM, dtype=white.dtype), rtol=0, atol=1e-2)
     image = data.to_image(torch.from_numpy(clips.images[70:72]).permute(0, 3, 1, 2))
     with torch.no_grad():
         torch.testing.assert_close(state.codes[0][70:72], state.ema.vae.encode(image)[0], rtol=1e-4, atol=1e-5)
