@@ -8,6 +8,8 @@ Prints Frechet distance, kernel distance (KID), precision, recall and diversity 
 network, and the sliced Wasserstein distance, which needs no weights. Compares how near generated and held-out images
 are to training images. For a run, also reconstructs images of DIR, and lists the worst reconstructions and the
 near-duplicates in latent space. Writes copies.png, worst_reconstructed.png and near_duplicates.png to RUN/evaluation.
+For a run on clips, scores frame 24 of videos from noise, and the videos themselves: predictions, speed and drift, the
+order of frames, a Frechet distance of motion, flicker, and copies of clips (nearest_clips.png). docs/video.md has each.
 Scores depend on the number of images: compare only those with the same --count, image size and extractor.
 
 --extractor is one of
@@ -26,6 +28,7 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 # isort: split
 
+import functools
 import importlib.util
 import re
 import sys
@@ -43,15 +46,17 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from tqdm import tqdm
 
+import clip_scores
 import command_line
 import config
 import data
 import metrics
 import pictures
 import random_keys
+import rollouts
 from command_line import InputError
 from data import ImageSet
-from model_definitions import Generator, load_generator
+from model_definitions import Generator, learned_motion, load_generator
 
 LEAST = 4                   # images on each side: precision and recall use the third neighbour
 MEANINGFUL = 64             # images: KID's standard error is 12% of a trained model's KID with 32, 9% with 64
@@ -59,7 +64,6 @@ BATCH = 64                  # images per batch, except:
 GENERATED_BATCH = 32        # generated images
 CPU_FEATURES_BATCH = 4      # features on the CPU: 28 ms per image; 58 ms with 64, which exceed its cache
 COPY_CHECK = 256            # generated images, and images compared with them, in the copy check
-THUMBNAIL = 16              # side of the images that the copy check compares, pixels
 TRAINING_FACTOR = 4         # at most this times --count training images are reconstructed
 NEAR = 0.25                 # near-duplicates are closer than this times the median distance to a nearest neighbour;
                             # recompressed, cropped (2%) and shifted (1 px) copies of avatars: 0.05 to 0.2
@@ -218,13 +222,6 @@ def critic_scores(critic: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([critic(data.to_image(part.to(device))).cpu() for part in images.split(BATCH)])
 
 
-def thumbnails(images: Tensor) -> Tensor:
-    """uint8 (N, C, H, W) -> points (N, C * 16 * 16): the images at 16 x 16 pixels, scaled so that the distance between
-    two points is the root mean square of their difference in grey levels."""
-    points = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="area").flatten(1)
-    return points / points.shape[1] ** 0.5
-
-
 def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, real_features: Tensor | None = None,
            features: Tensor | None = None) -> dict[str, float]:
     """Returns {name: score} for two sets of uint8 images, (N, C, H, W) and (M, C, H, W), N and M at least LEAST.
@@ -240,7 +237,7 @@ def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, 
         found["kid"], found["kid_error"] = metrics.kernel_distance(a, b)
         found["precision"], found["recall"] = metrics.precision_and_recall(b, a)
     else:
-        a, b = thumbnails(generated), thumbnails(real)
+        a, b = metrics.thumbnails(generated), metrics.thumbnails(real)
     found["diversity"] = metrics.diversity(a, b)
     found["sliced_wasserstein"] = metrics.sliced_wasserstein(generated, real)[1]
     return found
@@ -260,7 +257,7 @@ def print_scores(found: dict[str, float], extractor: Extractor | None) -> None:
         print_value("KID x 1000", found["kid"], f"standard error {found['kid_error']:.2f}; same features")
         print_value("precision", found["precision"], "share of the images within the real set; same features")
         print_value("recall", found["recall"], "share of the real images within the set; same features")
-    points = "same features" if extractor else f"images at {THUMBNAIL} px"
+    points = "same features" if extractor else f"images at {metrics.THUMBNAIL} px"
     print_value("diversity", found["diversity"], f"mean distance between two images / between two real ones; {points}")
     print_value("sliced Wasserstein", found["sliced_wasserstein"], "mean over the levels of a Laplacian pyramid")
 
@@ -289,9 +286,10 @@ def check_copies(generated: Tensor, image_set: ImageSet) -> np.ndarray:
     own = torch.full((len(generated) + len(positions),), -1)
     if not len(held_out):
         own[len(generated):] = torch.from_numpy(positions)
-    points = thumbnails(torch.cat([generated, data.read_batch(image_set, others[positions])]))
+    points = metrics.thumbnails(torch.cat([generated, data.read_batch(image_set, others[positions])]))
     parts = progress(np.split(train, range(BATCH, len(train), BATCH)), "copy check")
-    distance, index = metrics.nearest(points, (thumbnails(data.read_batch(image_set, part)) for part in parts), own)
+    of_train = (metrics.thumbnails(data.read_batch(image_set, part)) for part in parts)
+    distance, index = metrics.nearest(points, of_train, own)
 
     distance, of_compared = distance.split([len(generated), len(positions)])
     for percent in (1, 5):
@@ -299,7 +297,7 @@ def check_copies(generated: Tensor, image_set: ImageSet) -> np.ndarray:
         print_value(f"copies, {percent}%", share, f"share of {len(distance)} images as near to a training image as the "
                     f"nearest {percent}% of {len(positions)} {kind}; about {percent / 100} without copies")
     print_value("nearest image", distance.median(), f"median distance to the nearest of {len(train):,} training "
-                f"images, RMS in levels at {THUMBNAIL} px; {of_compared.median():.3f} for {kind}")
+                f"images, RMS in levels at {metrics.THUMBNAIL} px; {of_compared.median():.3f} for {kind}")
     if not len(held_out):
         print("no image is held out: the set is too small")
     closest = distance.argsort(stable=True)[:SHOWN]
@@ -353,8 +351,8 @@ def show_near_duplicates(image_set: ImageSet, rows: np.ndarray, mu: Tensor) -> n
     if near == 0:
         return None
     a, b = rows[pairs[:min(near, SHOWN)].numpy()].T
-    difference = (thumbnails(data.read_batch(image_set, a)) - thumbnails(data.read_batch(image_set, b))).norm(dim=1)
-    for number, (i, j, distance, levels) in enumerate(zip(a, b, distances, difference), 1):
+    difference = metrics.thumbnails(data.read_batch(image_set, a)) - metrics.thumbnails(data.read_batch(image_set, b))
+    for number, (i, j, distance, levels) in enumerate(zip(a, b, distances, difference.norm(dim=1)), 1):
         print(f"{number:4}  {distance:5.2f}  {levels:5.1f} levels  {data.printable(image_set.paths[i])}  "
               f"{data.printable(image_set.paths[j])}")
     return pictures.pairs(image_set.images[a], image_set.images[b])
@@ -397,7 +395,7 @@ def start(argv: Sequence[str] | None) -> None:
     c, _ = command_line.parse_constants(["--image-size", str(arguments.image_size)], "evaluate.py")
     device, generator = command_line.choose_device(arguments.device), None
     if arguments.is_run:
-        generator, c, _ = load_generator(arguments.path, device)
+        generator, c, saved = load_generator(arguments.path, device)
     extractor = choose_extractor(arguments.extractor, device)
     if extractor is None and arguments.extractor == "auto":
         print(f"no Frechet distance: {NO_WEIGHTS}")
@@ -412,7 +410,11 @@ def start(argv: Sequence[str] | None) -> None:
         Path(arguments.out).mkdir(parents=True, exist_ok=True)          # an error here, before the work
 
     real_features = extractor and extractor(real)
-    if generator:
+    rolls = generator is not None and learned_motion(saved)
+    if rolls:
+        made = generate(generator, c.LATENT_DIM + c.MOTION_DIM, len(real), arguments.seed,
+                        image_of=functools.partial(rollouts.late_frames, generator, c))
+    elif generator:
         made = generate(generator, c.LATENT_DIM, len(real), arguments.seed, image_of=generator.sample)
     print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
     print_count_warning(min(len(made), len(real)))
@@ -422,7 +424,16 @@ def start(argv: Sequence[str] | None) -> None:
     if generator:
         rows, mu, l1_errors = reconstruct_folder(generator, image_set, arguments.count)
         sheets["worst_reconstructed.png"] = show_worst(generator, image_set, rows, l1_errors)
-        sheets["near_duplicates.png"] = show_near_duplicates(image_set, rows, mu)
+        if c.FOLDERS != "clips":                                        # neighbouring frames are alike
+            sheets["near_duplicates.png"] = show_near_duplicates(image_set, rows, mu)
+    if rolls:
+        found, of_videos = clip_scores.scores(generator, c, image_set, device, extractor,
+                                              max(clip_scores.LEAST, len(real) // 4), arguments.seed)
+        for name, value, meaning in found:
+            print_value(name, value, meaning)
+        sheets |= of_videos
+    elif generator and c.FOLDERS == "clips":
+        print("no scores of videos: the run has not learned motion yet, it is in stage 1")
     if arguments.out:
         for name, sheet in sheets.items():
             file = Path(arguments.out) / name

@@ -1,12 +1,16 @@
 """Exports a trained generator: as ONNX, as a small weights file for sharing, or as a web page.
 
-    python export.py runs/NAME --out NAME.onnx      # ONNX: z -> image, any batch size
+    python export.py runs/NAME --out NAME.onnx      # ONNX: z -> image, any batch size; of clips, a step of a video
     python export.py runs/NAME --out NAME.pt        # weights only, half precision; generate.py reads it like a run
     python export.py runs/NAME --web DIR            # a page that runs in the browser: python -m http.server -d DIR
 
 ONNX and the page need requirements-extras.txt. The page also needs the npm package onnxruntime-web: `npm` downloads
 it, or --ort names a folder with it. All exports use the averaged (EMA) generator. An ONNX model is written only if
 onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
+
+Of a run on clips, from stage 2 on, NAME.onnx makes the next frame of a video: codes, v, anchor, earlier -> image,
+next_codes, next_earlier, which are the codes and earlier of the step after it. NAME_start.onnx makes the first ones:
+z -> image, codes, earlier; anchor is the first of these codes. z and v are drawn from N(0, I). The page plays a video.
 """
 
 import errors  # noqa: F401  first: Ctrl-C during the other imports ends with one line
@@ -15,6 +19,7 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -24,12 +29,13 @@ import sys
 import tarfile
 import tempfile
 import timeit
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import checkpoints
 import command_line
@@ -37,12 +43,13 @@ import config
 import latent_space
 import model_definitions
 from command_line import InputError, RunError
-from model_definitions import Generator
+from model_definitions import Generator, Window, learned_motion
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST_DIFFERENCE = 1.0            # levels of 255 between onnxruntime's images and torch's
 NO_LIMIT = 2 ** 40                  # bytes
 TIMED_RUNS = 11                     # their median is printed
+CHECKED_FRAMES = 32                 # of a video
 SLIDERS = 8                         # principal axes on the page
 PAGE = Path(__file__).with_name("web_page.html")
 ORT_PACKAGE = "onnxruntime-web@1.30.0"
@@ -60,10 +67,11 @@ def levels_apart(image: Tensor, other: Tensor) -> float:
     return 127.5 * (image - other).abs().max().item()
 
 
-def time_of(name: str, function: Callable) -> str:
-    """Returns "name 12.3 ms per image" for a function that makes one image; its first call is not counted."""
-    seconds = timeit.repeat(function, number=1, repeat=TIMED_RUNS + 1)[1:]
-    return f"{name} {1000 * statistics.median(seconds):.1f} ms per image"
+def times_of(onnxruntime: Callable, torch: Callable) -> str:
+    """Returns the times of two functions that make one image each, in words; their first calls are not counted."""
+    found = (timeit.repeat(function, number=1, repeat=TIMED_RUNS + 1)[1:] for function in (onnxruntime, torch))
+    return ", ".join(f"{name} {1000 * statistics.median(seconds):.1f} ms per image"
+                     for name, seconds in zip(("onnxruntime", "torch"), found))
 
 
 def megabytes(*files: Path) -> str:
@@ -96,16 +104,46 @@ def write_weights(file: Path, saved: dict, generator: Generator, about: str) -> 
 
 # ------------------------------------------------------------------------------------- ONNX
 
-def to_onnx(generator: Generator, latent_dim: int) -> bytes:
-    """Returns the generator as an ONNX model: z (batch, LATENT_DIM) -> image (batch, C, H, W) in [-1, 1], float32.
+class VideoStart(nn.Module):
+    """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W), and the window of a video that starts there: codes
+    (B, P, LATENT_DIM) and earlier images (B, P*C, H, W) in [0, 1]. The first of the codes is also the anchor."""
+
+    def __init__(self, generator: Generator, past: int):
+        super().__init__()
+        self.generator, self.past = generator, past
+
+    def forward(self, z):
+        code = self.generator.start(z)
+        image = self.generator(code)
+        return image, code[:, None].repeat(1, self.past, 1), ((1 + image) / 2).repeat(1, self.past, 1, 1)
+
+
+class VideoStep(nn.Module):
+    """The window's codes (B, P, LATENT_DIM), v (B, MOTION_DIM), anchor (B, LATENT_DIM) and earlier images
+    (B, P*C, H, W) -> the next image, and the codes and earlier images of the step after it."""
+
+    def __init__(self, generator: Generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, codes, v, anchor, earlier):
+        image, window, earlier = self.generator.next_frame(Window(codes, v, anchor), earlier)
+        return image, window.codes, earlier
+
+
+def to_onnx(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> bytes:
+    """Returns a module as an ONNX model with inputs and outputs of these names, float32, of any batch size.
 
     The fixed schedule of the synthetic video is constant. The optimizer computes what depends on constants only, so
     that the kernels of all frames become one kernel.
     """
     import onnxscript
-    program = torch.onnx.export(generator, (torch.zeros(2, latent_dim),), dynamo=True, optimize=False, verbose=False,
-                                dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["z"],
-                                output_names=["image"])
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")        # the inputs share one batch size, as intended
+        program = torch.onnx.export(module.eval(), tuple(inputs.values()), dynamo=True, optimize=False, verbose=False,
+                                    dynamic_shapes=({0: batch},) * len(inputs), input_names=list(inputs),
+                                    output_names=list(outputs))
     onnxscript.optimizer.optimize(program.model, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     model = program.model_proto
     graph = model.graph
@@ -114,28 +152,68 @@ def to_onnx(generator: Generator, latent_dim: int) -> bytes:
     return model.SerializeToString()
 
 
-@functools.lru_cache(maxsize=1)                 # --out and --web in one call share the model
-def checked_onnx(generator: Generator, latent_dim: int) -> tuple[bytes, str]:
-    """Returns the ONNX model and words on its speed and exactness. Raises RunError if its images differ from torch's
-    at a batch size of 1 or 3."""
+def session_of(model: bytes) -> Callable[..., list[Tensor]]:
+    """Returns a function that runs the model in onnxruntime: named inputs -> outputs in their order."""
     import onnxruntime
-    print("tracing the network for ONNX, which takes up to a minute", flush=True)
-    model = to_onnx(generator, latent_dim)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()          # as many as torch uses, so that times compare
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda **inputs: [torch.from_numpy(found) for found in
+                             session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})]
 
-    def run(z):
-        return torch.from_numpy(session.run(None, {"z": z.numpy()})[0])
 
-    z = latent_space.draw_z(0, 0, 4, latent_dim)
-    both = torch.cat([run(z[:1]), run(z[1:])])
-    difference = levels_apart(torch_images(generator, z), both)
+def check_difference(difference: float) -> None:
     if not difference <= LARGEST_DIFFERENCE:                        # also true for NaN
         raise RunError(f"onnxruntime's images differ from torch's by up to {difference:.3g} levels of 255, more than "
                        f"{LARGEST_DIFFERENCE:g}: no ONNX model was written")
-    times = f"{time_of('onnxruntime', lambda: run(z[:1]))}, {time_of('torch', lambda: torch_images(generator, z[:1]))}"
-    return model, f"{times}; at batch sizes 1 and 3 at most {difference:.2g} levels of 255 from torch"
+
+
+@functools.lru_cache(maxsize=1)                 # --out and --web in one call share the models
+def checked_onnx(generator: Generator, latent_dim: int, motion_dim: int = 0,
+                 past: int = 0) -> tuple[dict[str, bytes], str]:
+    """Returns {"": the ONNX model} and words on its speed and exactness; with motion_dim that of a video's step, and
+    {"_start": that of its start}. Raises RunError if their images differ from torch's at a batch size of 1 or 3."""
+    print("tracing the network for ONNX, which takes up to a minute", flush=True)
+    z = latent_space.draw_z(0, 0, 4, latent_dim)
+    if motion_dim:
+        return checked_video_models(generator, z, latent_space.draw_z(1, 0, 4, motion_dim), past)
+    model = to_onnx(generator, {"z": torch.zeros(2, latent_dim)}, ["image"])
+    run = session_of(model)
+    difference = levels_apart(torch_images(generator, z), torch.cat([run(z=part)[0] for part in (z[:1], z[1:])]))
+    check_difference(difference)
+    times = times_of(lambda: run(z=z[:1]), lambda: torch_images(generator, z[:1]))
+    return {"": model}, f"{times}; at batch sizes 1 and 3 at most {difference:.2g} levels of 255 from torch"
+
+
+def onnx_of_run(generator: Generator, c: SimpleNamespace, saved: dict) -> tuple[dict[str, bytes], str]:
+    """Calls checked_onnx for a loaded checkpoint."""
+    if learned_motion(saved):
+        return checked_onnx(generator, c.LATENT_DIM, c.MOTION_DIM, c.NUM_FRAMES - 1)
+    return checked_onnx(generator, c.LATENT_DIM)
+
+
+@torch.inference_mode()
+def checked_video_models(generator: Generator, z: Tensor, v: Tensor, past: int) -> tuple[dict[str, bytes], str]:
+    """As checked_onnx; compares CHECKED_FRAMES frames, each from onnxruntime's own frames before."""
+    first, step = VideoStart(generator, past), VideoStep(generator)
+    with torch.inference_mode(False), torch.no_grad():
+        _, codes, earlier = first(torch.zeros(2, z.shape[1]))
+        inputs = {"codes": codes, "v": torch.zeros(2, v.shape[1]), "anchor": codes[:, 0].clone(), "earlier": earlier}
+        models = {"": to_onnx(step, inputs, ["image", "next_codes", "next_earlier"]),
+                  "_start": to_onnx(first, {"z": torch.zeros(2, z.shape[1])}, ["image", "codes", "earlier"])}
+    run, run_start = session_of(models[""]), session_of(models["_start"])
+    difference = 0.0
+    for part in (slice(1), slice(1, 4)):
+        expected = generator.roll(Window.still(generator.start(z[part]), v[part], past))
+        image, codes, earlier = run_start(z=z[part])
+        difference, anchor = max(difference, levels_apart(image, generator.sample(z[part]))), codes[:, 0].contiguous()
+        for other, _ in itertools.islice(expected, CHECKED_FRAMES):
+            image, codes, earlier = run(codes=codes, v=v[part], anchor=anchor, earlier=earlier)
+            difference = max(difference, levels_apart(image, other))
+    check_difference(difference)
+    one = {"codes": codes[:1], "v": v[:1], "anchor": anchor[:1], "earlier": earlier[:1]}
+    return models, (f"{times_of(lambda: run(**one), lambda: step(**one))}; in {CHECKED_FRAMES} frames, at batch sizes "
+                    f"1 and 3, at most {difference:.2g} levels of 255 from torch")
 
 
 # ------------------------------------------------------------------------------------- web page
@@ -172,12 +250,14 @@ def page_facts(saved: dict, c: SimpleNamespace, about: str) -> dict:
     return {"name": c.RUN, "about": about or saved.get("about", {}).get("text", ""), "latent_dim": c.LATENT_DIM,
             "image_size": c.IMAGE_SIZE, "channels": c.CHANNELS,
             **{name: saved["counters"][name] for name in ("step", "images_seen")},
-            **{name: axes[name][:SLIDERS].tolist() for name in ("axes", "deviations")}}
+            **{name: axes[name][:SLIDERS].tolist() for name in ("axes", "deviations")},
+            "motion_dim": c.MOTION_DIM if learned_motion(saved) else 0}
 
 
 def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespace, ort: str | None,
                about: str) -> None:
-    """Writes index.html, model.onnx, model.json and onnxruntime-web into `folder`, when all of them are complete.
+    """Writes index.html, model.onnx, of a video also model_start.onnx, model.json and onnxruntime-web into `folder`,
+    when all of them are complete.
 
     Raises InputError for a folder with other files, and what copy_onnxruntime and checked_onnx raise.
     """
@@ -187,15 +267,17 @@ def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespa
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         temporary = Path(temporary)
         copy_onnxruntime(ort, temporary)
-        model, words = checked_onnx(generator, c.LATENT_DIM)
-        (temporary / "model.onnx").write_bytes(model)
+        models, words = onnx_of_run(generator, c, saved)
+        for name, model in models.items():
+            (temporary / f"model{name}.onnx").write_bytes(model)
         (temporary / "model.json").write_text(json.dumps(page_facts(saved, c, about)), encoding="utf-8")
         shutil.copyfile(PAGE, temporary / "index.html")
         folder.mkdir(exist_ok=True)
         for file in list(temporary.iterdir()):
             os.replace(file, folder / file.name)
-    print(f"{folder}: {megabytes(*folder.iterdir())}, of which the model {megabytes(folder / 'model.onnx')}, {words}")
-    if not saved.get("axes"):
+    print(f"{folder}: {megabytes(*folder.iterdir())}, of which the model {megabytes(*folder.glob('model*.onnx'))}, "
+          f"{words}")
+    if not (saved.get("axes") or learned_motion(saved)):
         print("no sliders: the checkpoint holds no principal axes, which training stores when a run is complete")
     print(f"to view it: python -m http.server -d {folder}, then open http://localhost:8000")
 
@@ -230,10 +312,12 @@ def start(argv: Sequence[str] | None) -> None:
             raise InputError(f"--out {out} exists beside the weights that are read: give another name")
         write_weights(out, saved, generator, arguments.about)
     elif out:
-        model, words = checked_onnx(generator, c.LATENT_DIM)
-        with checkpoints.atomic_write(out) as handle:
-            handle.write(model)
-        print(f"{out}: {megabytes(out)}, {words}")
+        models, words = onnx_of_run(generator, c, saved)
+        files = [out.with_stem(out.stem + name) for name in models]
+        for file, model in zip(files, models.values()):
+            with checkpoints.atomic_write(file) as handle:
+                handle.write(model)
+        print(f"{' and '.join(map(str, files))}: {megabytes(*files)}, {words}")
     if web:
         write_page(web, saved, generator, c, arguments.ort, arguments.about)
 

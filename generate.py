@@ -45,7 +45,7 @@ import latent_space
 import pictures
 import random_keys
 from command_line import InputError, positive
-from model_definitions import Generator, Window, load_generator
+from model_definitions import Generator, Window, learned_motion, load_generator
 
 BATCH = 16                                        # images per pass through the generator
 GRID_LIMIT = 256                                  # images on a sheet at most
@@ -279,7 +279,7 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
 
 def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
     """--mode roll: a grid of videos, each with a motion code of its own."""
-    if c.FOLDERS != "clips" or flags.images_seen < 1000 * c.VAE_KIMG:
+    if not flags.learned_motion:
         why = "has not learned motion yet, it is in stage 1" if c.FOLDERS == "clips" else "was trained on still images"
         raise InputError(f"{flags.run} {why}: must be a run of training.py --folders clips, from stage 2 on")
     columns, rows = flags.grid
@@ -420,7 +420,7 @@ def start(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     device = command_line.choose_device(flags.device)
     generator, c, saved = load_generator(flags.run, device)
-    flags.axes, flags.images_seen = saved.get("axes"), saved["counters"]["images_seen"]      # axes: if the run ended
+    flags.axes, flags.learned_motion = saved.get("axes"), learned_motion(saved)              # axes: if the run ended
     for flag, make in SHEETS.items():
         if getattr(flags, flag):
             name, sheet = make(generator, c, flags)

@@ -18,6 +18,7 @@ NEIGHBOURHOOD = 7          # side of a patch in pixels (Karras et al. 2018)
 SMALLEST_LEVEL = 16        # side of the coarsest pyramid level in pixels: levels are not halved below it
 PROJECTION_GROUP = 64      # directions projected and sorted at a time, bounds memory
 IMAGE_GROUP = 128          # images whose pyramid is computed at a time, bounds memory
+THUMBNAIL = 16             # side of the images that copy checks compare, pixels
 POINT_GROUP = 1024         # points whose distances to all others are in memory at a time
 
 
@@ -101,7 +102,65 @@ def overfitting(train: Tensor, held_out: Tensor, fake: Tensor) -> float:
     return ((train - held_out) / (train - fake)).item()
 
 
+# ------------------------------------------------------------------------------------- videos
+
+def motion_distances(reference: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor], axes: int = 32) -> list[float]:
+    """Returns the Frechet distance to `reference` of each of the others. All are features of two frames of each video,
+    (N, D) and (N, D), and are compared as [features, difference of features] on the first principal axes of the
+    reference, the differences multiplied by one number, with which both parts have the same variance in the reference.
+    """
+    reference, *others = ([frame.double() for frame in pair] for pair in (reference, *others))
+    both = torch.cat(reference)
+    basis = torch.linalg.eigh(torch.cov(both.T))[1][:, -axes:]
+
+    def parts(first, later):
+        return (first - both.mean(0)) @ basis, (later - first) @ basis
+
+    first, change = (part.var(dim=0).sum() for part in parts(*reference))
+    scale = (first / change.clamp_min(1e-12)).sqrt()
+
+    def points(pair):
+        frame, difference = parts(*pair)
+        return torch.cat([frame, scale * difference], dim=1)
+
+    return [frechet_distance(points(pair), points(reference)) for pair in others]
+
+
+def flicker(windows: Tensor) -> float:
+    """uint8 (N, T, C, H, W), T at least 2 -> how much the median pixel changes from frame to frame, in levels of 255,
+    on average: near 0 if less than half of a picture moves, unless still parts flicker."""
+    changes = (windows[:, 1:].float() - windows[:, :-1].float()).abs().flatten(2)
+    return changes.median(dim=2).values.mean().item()
+
+
+def nearest_window(windows: Tensor, clips: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns for each of B windows (B, K, D) the distance to the nearest K frames in a row of one of the clips, each
+    (T, D), as root mean square over frames of the distance of two frames; and which clip that is, and its first frame
+    there: three (B,). Clips of fewer than K frames are left out."""
+    count, length = windows.shape[:2]
+    best = torch.full((count,), float("inf"), dtype=windows.dtype)
+    of_clip, of_frame = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    for number, clip in enumerate(clips):
+        places = len(clip) - length + 1
+        if places < 1:
+            continue
+        square = torch.cdist(windows.flatten(0, 1), clip).square().unflatten(0, (count, length))       # (B, K, T)
+        mean = sum(square[:, k, k:k + places] for k in range(length)) / length
+        distance, frame = mean.sqrt().min(dim=1)
+        nearer = distance < best
+        best, of_clip = torch.where(nearer, distance, best), of_clip.masked_fill(nearer, number)
+        of_frame = torch.where(nearer, frame, of_frame)
+    return best, of_clip, of_frame
+
+
 # ------------------------------------------------------------------------------------- points
+
+def thumbnails(images: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> points (N, C * 16 * 16): the images at 16 x 16 pixels, scaled so that the distance between
+    two points is the root mean square of their difference in grey levels."""
+    points = F.interpolate(images.float(), size=(THUMBNAIL, THUMBNAIL), mode="area").flatten(1)
+    return points / points.shape[1] ** 0.5
+
 
 def diversity(generated: Tensor, real: Tensor) -> float:
     """Returns the mean distance between two generated points divided by that between two real points: 0 if all

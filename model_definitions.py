@@ -686,11 +686,16 @@ class Generator(nn.Module):
         start those of the window's codes: the feedback loop, closed in time."""
         earlier = torch.cat([(1 + self(code)) / 2 for code in window.codes.unbind(1)], dim=1)
         while True:
-            z = self.layer.next_code(window)
-            image, _ = self.image_and_alpha(z, earlier, window=window)
-            window = window.followed_by(z)
-            earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
-            yield image, z
+            image, window, earlier = self.next_frame(window, earlier)
+            yield image, window.codes[:, 0]
+
+    def next_frame(self, window: Window, earlier: Tensor) -> tuple[Tensor, Window, Tensor]:
+        """Returns the image (B, C, H, W) in [-1, 1] of the frame after the window, and the window and the earlier
+        images, as in TransformerParamTanh, of the frame after that."""
+        z = self.layer.next_code(window)
+        image, _ = self.image_and_alpha(z, earlier, window=window)
+        earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
+        return image, window.followed_by(z), earlier
 
 
 def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = TransformerParamTanh
@@ -724,6 +729,12 @@ def from_checkpoint(saved: dict, device="cpu") -> tuple[Generator, SimpleNamespa
     generator, _ = build(c)
     generator.load_state_dict(saved["ema"])
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), c
+
+
+def learned_motion(saved: dict) -> bool:
+    """Returns whether a loaded checkpoint is of a run on clips, from stage 2 on."""
+    c = saved["constants"]
+    return c["FOLDERS"] == "clips" and saved["counters"]["images_seen"] >= 1000 * c["VAE_KIMG"]
 
 
 def load_generator(path: str | Path, device="cpu") -> tuple[Generator, SimpleNamespace, dict]:

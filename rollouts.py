@@ -68,17 +68,20 @@ def rendered(generator: Generator, z: Tensor) -> Tensor:
 def prediction_errors(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
                       codes: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Returns {"r1": the error of rendered predictions one frame ahead, divided by that of a copy of the last frame,
-    ...} and "r1_frozen", the same from windows that show no motion. Empty if the clips are too short."""
+    ...} and "r1_frozen", the same from windows that show no motion, and "r1_linear", that of codes that go on as
+    between the last two frames. Empty if the clips are too short."""
     window, first = windows(c, image_set, codes, MEASURED_CLIPS, STARTS, max(AHEAD))
     if not len(first):
         return {}
     live, frozen = (unrolled(generator, window, max(AHEAD), frozen) for frozen in (False, True))
-    copy, found = rendered(generator, window.codes[:, 0]), {}
+    newest, change = window.codes[:, 0], window.codes[:, 0] - window.codes[:, 1]
+    copy, found = rendered(generator, newest), {}
     for ahead in AHEAD:
         real = rendered(generator, codes[0][torch.from_numpy(first + ahead - 1).to(live.device)])
         by_copying = (copy - real).abs().mean()
-        for name, z in ((f"r{ahead}", live), (f"r{ahead}_frozen", frozen)):
-            found[name] = ((rendered(generator, z[:, ahead - 1]) - real).abs().mean() / by_copying).item()
+        for name, z in ((f"r{ahead}", live[:, ahead - 1]), (f"r{ahead}_frozen", frozen[:, ahead - 1]),
+                        (f"r{ahead}_linear", newest + ahead * change)):
+            found[name] = ((rendered(generator, z) - real).abs().mean() / by_copying).item()
     return found
 
 
@@ -154,9 +157,9 @@ def compared(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
 
 def measure(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
             codes: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Returns prediction_errors and video_values."""
-    device = codes[0].device
-    return (prediction_errors(generator, c, image_set, codes)
+    """Returns prediction_errors, without those of constant velocity, and video_values."""
+    device, errors = codes[0].device, prediction_errors(generator, c, image_set, codes)
+    return ({name: error for name, error in errors.items() if not name.endswith("_linear")}
             | video_values(made_course(generator, from_noise(generator, c, VIDEOS, device)),
                            real_course(image_set, device)))
 

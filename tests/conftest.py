@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import command_line
 import data
 import dynamics
+import model_definitions
 import run_state
 import training
 
@@ -144,3 +146,17 @@ def start_stage_2():
         dynamics.begin(state, c, clips)
         return state, c, clips
     return new
+
+
+@pytest.fixture(scope="session")
+def clips_run(tmp_path_factory):
+    """The folder of a run on clips with a random Delta head, in stage 2."""
+    folder = tmp_path_factory.mktemp("clips")
+    c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2"])
+    torch.manual_seed(0)
+    generator, _ = model_definitions.build(c)
+    for head in (generator.layer.to_s, generator.layer.dynamics.to_delta):
+        torch.nn.init.normal_(head.weight, std=0.1)
+    checkpoints.save(folder / "run" / "checkpoints", {
+        "constants": vars(c), "counters": {"step": 2, "images_seen": 1000}, "ema": generator.state_dict()}, step=2)
+    return folder / "run"

@@ -193,7 +193,8 @@ def image_set(images, held_out=0):
 def numbers(text):
     """Returns {name: number} of the lines that begin with a score's name."""
     names = ("Frechet distance", "KID x 1000", "precision", "recall", "diversity", "sliced Wasserstein", "copies, 1%",
-             "copies, 5%", "nearest image", "reconstruction L1")
+             "copies, 5%", "nearest image", "reconstruction L1", "prediction r1", "prediction r8", "contrast",
+             "length of z", "speed, 95%", "colour drift", "flicker", "order", "motion distance", "nearest clip")
     return {name: float(line.removeprefix(name).split()[0]) for line in text.splitlines()
             for name in names if line.startswith(name)}
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.server
 import io
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ import config
 import export
 import latent_space
 import training
-from model_definitions import Generator
+from model_definitions import Generator, Window
 
 pytest_plugins = ["chromium"]
 
@@ -59,7 +60,7 @@ def model(trained):
 def made(model, monkeypatch):
     """to_onnx returns the model that was made once; the fixture is the list of its calls."""
     calls = []
-    monkeypatch.setattr(export, "to_onnx", lambda generator, latent_dim: calls.append(latent_dim) or model[0])
+    monkeypatch.setattr(export, "to_onnx", lambda generator, inputs, outputs: calls.append(outputs) or model[0])
     return calls
 
 
@@ -106,6 +107,53 @@ def test_a_model_with_other_images_is_not_written(trained, made, monkeypatch, tm
     assert [f.name for f in tmp_path.iterdir()] == ["old.onnx"] and (tmp_path / "old.onnx").read_bytes() == b"old"
 
 
+# ------------------------------------------------------------------------------------- ONNX of a video
+
+@pytest.fixture(scope="module")
+def video(clips_run, tmp_path_factory):
+    """([start, step] as bytes, what the command printed) of the ONNX files of a model of clips."""
+    for name in export.ONNX_PACKAGES:
+        pytest.importorskip(name, reason=f"the optional package {name} is not installed")
+    folder, printed = tmp_path_factory.mktemp("video"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert export.main([str(clips_run), "--out", str(folder / "v.onnx")]) == 0
+    assert {f.name for f in folder.iterdir()} == {"v.onnx", "v_start.onnx"}
+    return [(folder / name).read_bytes() for name in ("v_start.onnx", "v.onnx")], printed.getvalue()
+
+
+def test_onnx_rolls_the_frames_of_torch(clips_run, video):
+    import onnxruntime
+    start, step = (onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"]) for part in video[0])
+    assert "in 32 frames, at batch sizes 1 and 3, at most 0.0" in video[1] and "v.onnx and " in video[1]
+    generator = Generator.from_file(clips_run)
+    z, v = (torch.randn(2, n, generator=torch.Generator().manual_seed(n)) for n in (16, 6))
+    with torch.no_grad():
+        first = generator.sample(z)
+        rolled = [image for image, _ in itertools.islice(generator.roll(Window.still(generator.start(z), v, 3)), 9)]
+    image, codes, earlier = start.run(["image", "codes", "earlier"], {"z": z.numpy()})
+    np.testing.assert_allclose(image, first.numpy(), atol=1e-3)
+    anchor = codes[:, 0]
+    for expected in rolled:
+        image, codes, earlier = step.run(["image", "next_codes", "next_earlier"], {
+            "codes": codes, "v": v.numpy(), "anchor": anchor, "earlier": earlier})
+        np.testing.assert_allclose(image, expected.numpy(), atol=1e-3)
+    assert (rolled[-1] - first).abs().max() > 0.05                           # it moves
+
+
+def test_a_video_model_with_other_images_is_not_written(clips_run, video, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(export, "to_onnx", lambda module, inputs, outputs: video[0][len(inputs) == 4])
+    session_of = export.session_of
+
+    def wrong(model):
+        run, count = session_of(model), itertools.count()
+        return lambda **inputs: [found * (1 - 0.1 * (next(count) == 30)) for found in run(**inputs)]
+
+    monkeypatch.setattr(export, "session_of", wrong)
+    export.checked_onnx.cache_clear()
+    assert export.main([str(clips_run), "--out", str(tmp_path / "v.onnx")]) == 1
+    assert "onnxruntime's images differ from torch's" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------- weights for sharing
 
 def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path, capsys):
@@ -139,7 +187,7 @@ def test_only_the_name_of_the_data_folder_is_shared(trained, path, name):
 def test_a_page_is_a_folder_with_all_it_needs_and_shares_the_model_of_out(trained, model, made, dist, tmp_path, capsys):
     folder = tmp_path / "deep" / "page"
     flags = [str(trained), "--web", str(folder), "--ort", str(dist)]
-    assert export.main([*flags, "--out", str(tmp_path / "a.onnx")]) == 0 and made == [16]
+    assert export.main([*flags, "--out", str(tmp_path / "a.onnx")]) == 0 and made == [["image"]]
     for about in ("", "again"):                                     # a new page may replace an earlier one
         assert export.main([*flags, "--about", about]) == 0
         assert {f.name for f in folder.iterdir()} == {"index.html", "model.onnx", "model.json", *export.ORT_FILES}
@@ -216,24 +264,37 @@ def pixels(browser):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2]))).convert("RGB")).astype(int)
 
 
-@pytest.fixture(scope="module")
-def site(trained, model, tmp_path_factory):
-    """(folder, address) of a site on localhost. Its subfolder `page` is a page with the real onnxruntime-web, from the
-    folder ORT_WEB_DIST or from npm."""
-    folder, given = tmp_path_factory.mktemp("web"), os.environ.get("ORT_WEB_DIST")
-    if given is None and shutil.which("npm") is None:
-        pytest.skip("no onnxruntime-web: npm is not installed, and ORT_WEB_DIST names no folder with it")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
-        patch.setattr(export, "to_onnx", lambda generator, latent_dim: model[0])
-        status = export.main([str(trained), "--web", str(folder / "page"), *(["--ort", given] if given else [])])
-    if status == 2 and "npm pack" in printed.getvalue():
-        pytest.skip(f"no onnxruntime-web: {printed.getvalue().strip()}")
-    assert status == 0, printed.getvalue()
+@contextlib.contextmanager
+def served(folder):
+    """Serves a folder on localhost; gives its address."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
+
+
+def write_page(run, folder, models):
+    """Writes a page with the real onnxruntime-web, from the folder ORT_WEB_DIST or from npm. models: {outputs: model}.
+    """
+    given = os.environ.get("ORT_WEB_DIST")
+    if given is None and shutil.which("npm") is None:
+        pytest.skip("no onnxruntime-web: npm is not installed, and ORT_WEB_DIST names no folder with it")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
+        patch.setattr(export, "to_onnx", lambda generator, inputs, outputs: models[outputs[1:2] == ["next_codes"]])
+        status = export.main([str(run), "--web", str(folder), *(["--ort", given] if given else [])])
+    if status == 2 and "npm pack" in printed.getvalue():
+        pytest.skip(f"no onnxruntime-web: {printed.getvalue().strip()}")
+    assert status == 0, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def site(trained, model, tmp_path_factory):
+    """(folder, address) of a site on localhost. Its subfolder `page` is a page of still images."""
+    folder = tmp_path_factory.mktemp("web")
+    write_page(trained, folder / "page", [model[0]])
+    with served(folder) as address:
+        yield folder, address
 
 
 @pytest.fixture
@@ -312,3 +373,31 @@ def test_a_page_that_cannot_load_its_model_says_why(browser, site, gone, words):
     text = browser.value("document.querySelector('#error').innerText")
     assert text.startswith("The page cannot draw: ") and words in text
     assert browser.value("document.querySelector('#new').disabled")
+
+
+@pytest.mark.slow
+def test_the_page_of_clips_plays_torchs_frames_without_end(clips_run, video, browser, tmp_path):
+    write_page(clips_run, tmp_path / "page", video[0])
+    generator = Generator.from_file(clips_run)
+
+    def torchs(z, v, count):
+        window = Window.still(generator.start(z[None]), v[None], 3)
+        with torch.no_grad():
+            image, _ = next(itertools.islice(generator.roll(window), count - 1, None))
+        return 127.5 * (image[0].permute(1, 2, 0).numpy() + 1)
+
+    with served(tmp_path) as address:
+        browser.open(address + "page/")
+        browser.wait("shown > 3")                                            # it plays at once
+        browser.value("document.querySelector('#fps').value = 60")
+        browser.wait("shown > 12")
+        assert browser.value("document.querySelectorAll('#sliders input').length") == 6
+        browser.value("document.querySelector('#walk').click()")
+        browser.value("last.then(() => new Promise((done) => setTimeout(done, 100)))")      # the frame under way
+        z, v = torch.tensor(browser.value("Array.from(normals(1, 22))")).split((16, 6))
+        assert np.abs(pixels(browser) - torchs(z, v, browser.value("shown"))).max() <= 1
+        browser.value("(async () => { await showNumber(1); element('axis1').value = 2; await nextFrame(); })()")
+        assert browser.value("document.querySelector('#status').textContent") == "Number 1, frame 1"
+        v[1] += 2
+        assert np.abs(pixels(browser) - torchs(z, v, 1)).max() <= 1
+        assert browser.complaints() == []

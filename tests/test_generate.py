@@ -159,20 +159,6 @@ def test_frames_are_computed_when_they_are_asked_for(make, run, clips_run, monke
 
 # ------------------------------------------------------------------------------------- videos of a model of clips
 
-@pytest.fixture(scope="module")
-def clips_run(tmp_path_factory):
-    """The folder of a run on clips with a random Delta head, in stage 2."""
-    folder = tmp_path_factory.mktemp("clips")
-    c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2"])
-    torch.manual_seed(0)
-    generator, _ = model_definitions.build(c)
-    for head in (generator.layer.to_s, generator.layer.dynamics.to_delta):
-        torch.nn.init.normal_(head.weight, std=0.1)
-    checkpoints.save(folder / "run" / "checkpoints", {
-        "constants": vars(c), "counters": {"step": 2, "images_seen": 1000}, "ema": generator.state_dict()}, step=2)
-    return folder / "run"
-
-
 def rolled(run, window, count):
     """Returns the frames after a window, uint8 (count, B, H, W, C)."""
     generator = model_definitions.Generator.from_file(run)
@@ -234,7 +220,7 @@ def test_a_short_clip_repeats_its_oldest_frame(clips_run, tmp_path):
     generator, c, saved = model_definitions.load_generator(clips_run)
     generator.roll = lambda given: window.append(given) or iter(())
     flags = generate.parse([str(clips_run), "--video", "v", "--mode", "roll", "--clip", str(tmp_path / "clip")])
-    flags.images_seen = saved["counters"]["images_seen"]
+    flags.learned_motion = model_definitions.learned_motion(saved)
     assert list(generate.rolled_frames(generator, c, flags)[0]) == []
     newest, first, repeated = window[0].codes[0]
     assert torch.equal(first, repeated) and torch.equal(first, window[0].anchor[0]) and not torch.equal(newest, first)
