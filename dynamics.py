@@ -46,13 +46,13 @@ def learning_rate(state, c) -> float:
     return c.MOTION_LEARNING_RATE * state.counters["lr_scale"] * min(1, rising) * max(LOWEST, min(1, falling))
 
 
-def begin(state, c, image_set: data.ImageSet) -> None:
+def begin(state, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor] | None = None) -> None:
     """Starts stage 2: the VAE takes its averaged weights, and its encoder will not change any more. All frames are
-    encoded, and the buffers of Dynamics are found."""
+    encoded, unless their codes are given, and the buffers of Dynamics are found."""
     state.counters["stage"] = 2
     state.generator.vae.load_state_dict(state.ema.vae.state_dict())
     state.graphs.clear()                             # those of stage 1 are not needed any more
-    state.codes = mu, _ = encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
+    state.codes = mu, _ = codes or encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
     parts = (mu[row:row + len(image_set.images)].split(np.diff(image_set.clip_offsets).tolist())
              for row in range(0, len(mu), len(image_set.images)))                 # of all clips, then of mirrored ones
     clips = [codes[clip] for codes in parts for clip in image_set.train_clips]

@@ -15,8 +15,9 @@ codes of a window, fitted to the training clips by least squares. frozen window:
 newest code, so that nothing shows the motion.
 
 Then 32 videos from noise are compared with the same clips. speed: of the owl from frame to frame, in pixels, at the
-5%, 50% and 95% quantile, as the network reads it. contrast, length: of frames and of z, at frame 63 and 599, divided by
-those of frame 0. drift: how far the mean colour of frame 31 is from that of frame 0, values from -1 to 1.
+5%, 50% and 95% quantile, as the network reads it. hops: landings per 64 frames. contrast, length: of frames and of z,
+at frame 63 and 599, divided by those of frame 0. drift: how far the mean colour of frame 31 is from that of frame 0,
+values from -1 to 1.
 """
 
 import functools
@@ -49,6 +50,7 @@ NEW_SEED = 1000                                       # of the clips that are dr
 VIDEOS, FRAMES, LONG_FRAMES = 32, 64, 600             # from noise
 LINEAR_CODES, RIDGE = 9, 4e-4                         # newest codes of a window that the linear map reads
 BATCH = 64
+TURN = 2.0                                            # pixels that the owl must rise after a landing
 RATE = 2e-3                                           # of Adam, for the network that reads positions
 
 
@@ -152,7 +154,8 @@ def measure(generator: Generator, c, image_set: data.ImageSet, mu: Tensor, new: 
 
 
 def watch(frames: Iterable[Tensor], reader: Position) -> dict[str, Tensor]:
-    """Returns rollouts.course of videos, and "speed": of the owl, pixels per frame, (T - 1, B)."""
+    """Returns rollouts.course of videos, and "speed": of the owl, pixels per frame, (T - 1, B), and "hops": landings
+    per 64 frames, (1, B)."""
     places = []
 
     def watched():
@@ -161,7 +164,21 @@ def watch(frames: Iterable[Tensor], reader: Position) -> dict[str, Tensor]:
             yield frame
 
     values = rollouts.course(watched())
-    return values | {"speed": torch.stack(places).diff(dim=0).norm(dim=2)}
+    places = torch.stack(places)                      # (T, B, 2)
+    hops = torch.tensor([[64 / len(places) * landings(y.tolist()) for y in places[:, :, 1].unbind(1)]])
+    return values | {"speed": places.diff(dim=0).norm(dim=2), "hops": hops}
+
+
+def landings(heights: Sequence[float]) -> int:
+    """Returns how often y, which points down, grows by TURN and then falls by TURN."""
+    count, falling, extreme = 0, False, heights[0]
+    for y in heights:
+        extreme = max(extreme, y) if falling else min(extreme, y)
+        if falling and y < extreme - TURN:
+            count, falling, extreme = count + 1, False, y
+        elif not falling and y > extreme + TURN:
+            falling, extreme = True, y
+    return count
 
 
 @torch.no_grad()
@@ -180,7 +197,8 @@ def measure_videos(generator: Generator, c, image_set: data.ImageSet, reader: Po
     def row(values, *more):
         speeds = values["speed"].flatten().quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
         drift = rollouts.drift_of(values, min(rollouts.DRIFT_AT, len(values["drift"]) - 1))
-        return [" / ".join(f"{speed:.2f}" for speed in speeds), kept(values, "contrast"), f"{drift:.4f}", *more]
+        return [" / ".join(f"{speed:.2f}" for speed in speeds), f"{values['hops'].mean().item():.2f}",
+                kept(values, "contrast"), f"{drift:.4f}", *more]
 
     return {"real clips": row(real, "", "", ""),
             "videos from noise": row(made, kept(made, "length"), kept(long, "contrast"), kept(long, "length"))}
@@ -202,7 +220,7 @@ def report(generator: Generator, c, image_set: data.ImageSet, new: tuple[data.Im
     mu, codes = (dynamics.encode_frames(generator.vae, images, torch.device("cpu")) for images in (image_set, new))
     for name, values in measure(generator, c, image_set, mu[0], new, codes, target, reader).items():
         print(f"| {' | '.join([name, *(f'{values[key]:.3g}' if key in values else '' for key in names)])} |")
-    names = ["speed", f"contrast {FRAMES - 1}", f"drift {rollouts.DRIFT_AT}", f"length {FRAMES - 1}",
+    names = ["speed", "hops", f"contrast {FRAMES - 1}", f"drift {rollouts.DRIFT_AT}", f"length {FRAMES - 1}",
              f"contrast {LONG_FRAMES - 1}", f"length {LONG_FRAMES - 1}"]
     print(f"\n| {' | '.join(['', *names])} |\n|{' --- |' * (1 + len(names))}")
     for name, cells in measure_videos(generator, c, new, reader).items():

@@ -197,8 +197,11 @@ def test_motion_measures_predictions_against_copies_and_linear_maps(tmp_path, mo
     assert rows[""] == ["r1", "r4", "r8", "p1", "p4", "p8", "p16"] and rows["copy"][:3] == ["1", "1", "1"]
     assert {"constant velocity", "linear map", "Transformer", "Transformer, frozen window"} <= rows.keys()
     assert float(rows["linear map"][0]) != 1 and float(rows["Transformer"][3]) > 0
-    assert videos[""] == ["speed", "contrast 63", "drift 31", "length 63", "contrast 69", "length 69"]
-    assert len(videos["videos from noise"]) == 6 and float(videos["real clips"][1]) > 0
+    assert videos[""] == ["speed", "hops", "contrast 63", "drift 31", "length 63", "contrast 69", "length 69"]
+    assert len(videos["videos from noise"]) == 7 and float(videos["real clips"][2]) > 0
+    landed = [demo_images.motion(index, 48, 5) for index in range(20)]
+    counted = [motion.landings((32 * state["y"]).tolist()) for state in landed]
+    assert np.mean(counted) == pytest.approx(np.mean([state["landed"][2:-2].sum() for state in landed]), rel=0.1)
     assert (tmp_path / "strip.png").stat().st_size > 10_000
     (clips / "states.npz").unlink()
     assert motion.main([str(tmp_path / "small")]) == 2 and "moving demo set" in capsys.readouterr().err
