@@ -435,6 +435,7 @@ class Dynamics(nn.Module):
     HIDDEN = 256
     LOGVAR = (-8.0, 4.0)            # range of v's log variance
     SMALLEST = 1e-3                 # standard deviation of a dimension of the codes, where nothing moves
+    STILL = 0.03                    # the same for `whiten`: where clips never move, a video may by a little
     REACH = 1.5                     # largest length of a whitened z - anchor, in lengths of a z from N(0, I)
 
     def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
@@ -463,14 +464,13 @@ class Dynamics(nn.Module):
         codes, changes, centred = (torch.cat(parts) for parts in zip(*(
             (codes, codes.diff(dim=0), codes - codes.mean(0)) for codes in clips)))
 
-        def root(covariance):
-            least = self.SMALLEST ** 2 * torch.eye(len(covariance))
-            return torch.linalg.cholesky(covariance + least)
+        def root(covariance, least=self.SMALLEST):
+            return torch.linalg.cholesky(covariance + least ** 2 * torch.eye(len(covariance)))
 
         self.start_mean.copy_(codes.mean(0))
         self.start_root.copy_(root(torch.cov(codes.T)))
         self.change.copy_(changes.square().mean(0).sqrt().clamp_min(self.SMALLEST))
-        self.whiten.copy_(torch.linalg.inv(root(2 * centred.T @ centred / len(centred))))
+        self.whiten.copy_(torch.linalg.inv(root(2 * centred.T @ centred / len(centred), self.STILL)))
 
     def start(self, z: Tensor) -> Tensor:
         """z (B, LATENT_DIM) from N(0, I) -> codes from the Gaussian of all codes."""

@@ -274,7 +274,7 @@ def test_stage_2_begins_with_the_averaged_vae(start):
     offsets = clips.clip_offsets[:5].tolist()
     pairs = torch.cat([(codes[i:j, None] - codes[None, i:j]).flatten(0, 1) / (j - i) ** 0.5      # each frame counts 1
                        for i, j in itertools.pairwise(offsets)]).double()
-    floor = state.ema.layer.dynamics.SMALLEST ** 2 * torch.eye(c.LATENT_DIM)
+    floor = state.ema.layer.dynamics.STILL ** 2 * torch.eye(c.LATENT_DIM)
     whiten = state.ema.layer.dynamics.whiten.double()
     white = whiten @ (pairs.T @ pairs / len(codes) + floor) @ whiten.T
     torch.testing.assert_close(white, torch.eye(c.LATENT_DIM, dtype=white.dtype), rtol=0, atol=1e-2)
