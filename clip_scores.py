@@ -104,7 +104,8 @@ def of_predictions(generator: Generator, c: SimpleNamespace, image_set: data.Ima
     errors = rollouts.prediction_errors(generator, c, image_set, (mu, mu))
     kind = "held-out" if len(image_set.held_out_clips) else "training"
     for ahead in rollouts.AHEAD if errors else ():
-        yield (f"prediction r{ahead}", errors[f"r{ahead}"], f"error {ahead} frames ahead / that of a copy of the last "
+        yield (f"prediction r{ahead}", errors[f"r{ahead}"],
+               f"error of frame {ahead} after a window / that of a copy of its last "
                f"frame, {kind} clips; constant velocity of the codes {errors[f'r{ahead}_linear']:.3f}, "
                f"from a frozen window {errors[f'r{ahead}_frozen']:.3f}")
 
