@@ -182,7 +182,7 @@ def test_noise_maps_add_the_same_noise_to_every_image_with_the_strength_of_each_
 
 
 def test_the_first_trained_model_still_makes_the_same_images():
-    generator = model_definitions.Generator.from_file(Path(config.__file__).parent / "pretrained" / "avatars64.pt")
+    generator = model_definitions.Generator.from_file(Path(__file__).parent / "fixtures" / "first_avatars64.pt")
     with torch.no_grad():
         image = generator(torch.linspace(-1.5, 1.5, 256).view(2, 128))
     means, pixels = image.mean((2, 3)).flatten(), image[:, :, 20::24, 31].flatten()
