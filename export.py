@@ -202,14 +202,16 @@ def checked_video_models(generator: Generator, z: Tensor, v: Tensor, past: int) 
         models = {"": to_onnx(step, inputs, ["image", "next_codes", "next_earlier"]),
                   "_start": to_onnx(first, {"z": torch.zeros(2, z.shape[1])}, ["image", "codes", "earlier"])}
     run, run_start = session_of(models[""]), session_of(models["_start"])
-    difference = 0.0
+    differences = []
     for part in (slice(1), slice(1, 4)):
         expected = generator.roll(Window.still(generator.start(z[part]), v[part], past))
         image, codes, earlier = run_start(z=z[part])
-        difference, anchor = max(difference, levels_apart(image, generator.sample(z[part]))), codes[:, 0].contiguous()
+        differences.append(levels_apart(image, generator.sample(z[part])))
+        anchor = codes[:, 0].contiguous()
         for other, _ in itertools.islice(expected, CHECKED_FRAMES):
             image, codes, earlier = run(codes=codes, v=v[part], anchor=anchor, earlier=earlier)
-            difference = max(difference, levels_apart(image, other))
+            differences.append(levels_apart(image, other))
+    difference = torch.tensor(differences).max().item()             # unlike max() of Python, NaN if there is one
     check_difference(difference)
     one = {"codes": codes[:1], "v": v[:1], "anchor": anchor[:1], "earlier": earlier[:1]}
     return models, (f"{times_of(lambda: run(**one), lambda: step(**one))}; in {CHECKED_FRAMES} frames, at batch sizes "

@@ -140,13 +140,14 @@ def test_onnx_rolls_the_frames_of_torch(clips_run, video):
     assert (rolled[-1] - first).abs().max() > 0.05                           # it moves
 
 
-def test_a_video_model_with_other_images_is_not_written(clips_run, video, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("factor", [0.9, float("nan")])
+def test_a_video_model_with_other_images_is_not_written(clips_run, video, monkeypatch, tmp_path, capsys, factor):
     monkeypatch.setattr(export, "to_onnx", lambda module, inputs, outputs: video[0][len(inputs) == 4])
     session_of = export.session_of
 
     def wrong(model):
         run, count = session_of(model), itertools.count()
-        return lambda **inputs: [found * (1 - 0.1 * (next(count) == 30)) for found in run(**inputs)]
+        return lambda **inputs: [found * (factor if next(count) == 30 else 1) for found in run(**inputs)]
 
     monkeypatch.setattr(export, "session_of", wrong)
     export.checked_onnx.cache_clear()
