@@ -287,15 +287,7 @@ def plot(found: dict[tuple[str, str], list[dict]], file: Path) -> None:
     panels = figure.subplots(len(sets), len(names), squeeze=False, sharex=True)
     for (set_name, view), panel in zip(itertools.product(sets, names), panels.flat):
         paired = differences(found.get((view, set_name), []))
-        for place, values in enumerate(paired.values()):
-            panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
-            panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
-        panel.axvline(0, color="#b04a3a", linewidth=1)
-        panel.set_yticks(range(len(paired)), list(paired))
-        panel.invert_yaxis()
-        panel.set_title(f"{set_name}, at equal {view}", fontsize=10)
-        panel.grid(axis="x", color="#e8e8e8")
-        panel.spines[["top", "right"]].set_visible(False)
+        tables.plot_differences(panel, paired, f"{set_name}, at equal {view}")
     figure.supxlabel("Frechet distance minus TransformerParamTanh's of the same seed: right of the line the "
                      "Transformer is better\n(dots: seeds; bars: their means)", fontsize=9)
     figure.savefig(file, facecolor="white", format="png")

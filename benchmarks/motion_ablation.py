@@ -310,15 +310,7 @@ def plot(found: dict[tuple[str, str], list[dict]], file: Path) -> None:
     figure = Figure(figsize=(4.5 * len(found), 3.2), dpi=160, layout="constrained")
     for panel, ((set_name, view), rows) in zip(figure.subplots(1, len(found), squeeze=False).flat, found.items()):
         paired = differences(rows, "r8")
-        for place, values in enumerate(paired.values()):
-            panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
-            panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
-        panel.axvline(0, color="#b04a3a", linewidth=1)
-        panel.set_yticks(range(len(paired)), list(paired))
-        panel.invert_yaxis()
-        panel.set_title(f"{set_name}, at equal {view}", fontsize=10)
-        panel.grid(axis="x", color="#e8e8e8")
-        panel.spines[["top", "right"]].set_visible(False)
+        tables.plot_differences(panel, paired, f"{set_name}, at equal {view}")
     figure.supxlabel("error 8 frames ahead (r8) minus that of the default: right of the line the variant is worse\n"
                      "(dots: seeds; bars: their means)", fontsize=9)
     figure.savefig(file, facecolor="white", format="png")

@@ -86,6 +86,19 @@ def read(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         return list(reader)
 
 
+def plot_differences(panel, paired: dict[str, Sequence[float]], title: str) -> None:
+    """Draws {name: differences from the default} on matplotlib's axes: a dot for each value, a bar for their mean."""
+    for place, values in enumerate(paired.values()):
+        panel.plot(values, [place] * len(values), "o", color="#4a7ab5", ms=5, alpha=0.7)
+        panel.plot([statistics.mean(values)], [place], "|", color="black", ms=16, mew=2)
+    panel.axvline(0, color="#b04a3a", linewidth=1)
+    panel.set_yticks(range(len(paired)), list(paired))
+    panel.invert_yaxis()
+    panel.set_title(title, fontsize=10)
+    panel.grid(axis="x", color="#e8e8e8")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def check_distinct_names(folders: Sequence[str]) -> None:
     """Raises InputError if two folders have the same name, which is the name of the set in a table."""
     names = [Path(folder).resolve().name for folder in folders]
