@@ -12,6 +12,7 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 # isort: split
 
+import json
 import os
 import shutil
 import sys
@@ -22,6 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
+import clips
 import command_line
 import data
 import random_keys
@@ -30,6 +33,7 @@ from command_line import InputError, positive
 SIDE = (0.70, 0.94)            # of the square that a frame shows, share of the photo's side
 LIGHT = 0.08                   # largest change of the brightness, share
 PERIOD = (24, 64)              # frames of one sine
+SETTINGS = "camera.json"       # file in the folder of clips
 OVERSIZE = 2                   # the photo is read at this many times the size of a frame: zooming keeps details
 
 
@@ -66,6 +70,20 @@ def write_clip(folder: Path, photo: np.ndarray, path: dict[str, np.ndarray], siz
     os.replace(part, folder)
 
 
+def check_settings(folder: Path, settings: dict[str, int]) -> None:
+    """Keeps the settings of the first call in the folder. Raises InputError for others, and for a file."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: must be a folder")
+    file = folder / SETTINGS
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with checkpoints.atomic_write(file) as out:
+            out.write(json.dumps(settings).encode())
+    elif (known := json.loads(file.read_text())) != settings:
+        flags = " ".join(f"--{name} {value}" for name, value in known.items())
+        raise InputError(f"{folder} was filmed with {flags}: give these, or a new folder")
+
+
 def start(argv: Sequence[str] | None) -> None:
     parser = command_line.Parser("camera_clips.py", __doc__)
     parser.add_argument("photos", help="a folder of images")
@@ -76,10 +94,15 @@ def start(argv: Sequence[str] | None) -> None:
     flags = parser.parse_args(argv)
     if flags.seed < 0:
         raise InputError(f"--seed {flags.seed} is invalid: must be 0 or more")
+    if flags.frames < clips.MIN_FRAMES:
+        raise InputError(f"--frames {flags.frames} is invalid: must be {clips.MIN_FRAMES} or more")
+    if Path(flags.photos).resolve().is_relative_to(flags.clips.resolve()):
+        raise InputError(f"{flags.clips}: contains the photos: give another folder for the clips")
     found, skipped = data.find_files(flags.photos, flags.clips)
+    check_settings(flags.clips, {name: vars(flags)[name] for name in ("frames", "size", "seed")})
     usable = 0
     for name in tqdm(found, desc="filming", unit="photo", disable=None):
-        folder = flags.clips / name.replace("/", "_").replace(".", "_")
+        folder = flags.clips / name                          # of photo x/cat.jpg, x/cat.jpg/000.jpg and so on
         try:
             if not folder.exists():
                 photo = data.read_photo(os.path.join(flags.photos, name), OVERSIZE * flags.size, 3)

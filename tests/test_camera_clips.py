@@ -55,13 +55,13 @@ def test_the_script_makes_clips_that_training_reads_and_continues(tmp_path, caps
     text = capsys.readouterr().out
     assert "skipped bad.png: " in text and f"3 clips of 5 frames of 32 x 32 pixels in {out}" in text
     clips = data.load_images(out, 32, 3, tmp_path / "cache", workers=0, folders="clips")
-    assert clips.clip_names == ["in_0_png", "in_1_png", "in_2_png"] and clips.clip_offsets.tolist() == [0, 5, 10, 15]
-    written = (out / "in_1_png" / "003.jpg").stat().st_mtime_ns
-    (out / "in_2_png" / "004.jpg").unlink()
-    (out / "in_2_png").rename(out / ".in_2_png.part")                           # an interrupted clip
+    assert clips.clip_names == ["in/0.png", "in/1.png", "in/2.png"] and clips.clip_offsets.tolist() == [0, 5, 10, 15]
+    written = (out / "in" / "1.png" / "003.jpg").stat().st_mtime_ns
+    (out / "in" / "2.png" / "004.jpg").unlink()
+    (out / "in" / "2.png").rename(out / "in" / ".2.png.part")                           # an interrupted clip
     assert camera_clips.main(command) == 0
-    assert len(list((out / "in_2_png").iterdir())) == 5 and not (out / ".in_2_png.part").exists()
-    assert (out / "in_1_png" / "003.jpg").stat().st_mtime_ns == written
+    assert len(list((out / "in" / "2.png").iterdir())) == 5 and not (out / "in" / ".2.png.part").exists()
+    assert (out / "in" / "1.png" / "003.jpg").stat().st_mtime_ns == written
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
@@ -72,3 +72,26 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         assert camera_clips.main([str(tmp_path / name), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and words in error and error.startswith("camera_clips.py: ")
+
+
+def test_other_settings_own_output_and_short_clips_are_refused(tmp_path, capsys):
+    source, out = photos(tmp_path / "photos", 1), tmp_path / "clips"
+    assert camera_clips.main([str(source), str(out), "--frames", "5", "--size", "32"]) == 0
+    (tmp_path / "file").write_text("")
+    for argv, words in (([source, out, "--size", "32"], "was filmed with --frames 5 --size 32 --seed 0"),
+                        ([source, source], "contains the photos"), ([source / "in", source], "contains the photos"),
+                        ([source, tmp_path / "new", "--frames", "2"], "--frames 2 is invalid: must be 3 or more"),
+                        ([source, tmp_path / "file"], "is a file")):
+        capsys.readouterr()
+        assert camera_clips.main([str(word) for word in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_photos_with_alike_names_are_different_clips(tmp_path, capsys):
+    source, out = photos(tmp_path / "photos", 1), tmp_path / "clips"
+    Image.new("RGB", (40, 40)).save(source / "in_0.png")
+    assert camera_clips.main([str(source), str(out), "--frames", "3", "--size", "32"]) == 0
+    clips = data.load_images(out, 32, 3, tmp_path / "cache", workers=0, folders="clips")
+    assert clips.clip_names == ["in/0.png", "in_0.png"]
