@@ -21,7 +21,7 @@ import pictures
 import random_keys
 import rollouts
 import training_step
-from model_definitions import Discriminator, Generator, Window
+from model_definitions import Discriminator, Generator
 
 WINDOW, FROM = 9, rollouts.LATE
 TRIPLE = (0, 2, 4)             # frames of a window whose order a network learns to recognise
@@ -56,8 +56,7 @@ def generated_windows(generator: Generator, c: SimpleNamespace, count: int, seed
     noise = torch.randn(count, c.LATENT_DIM + c.MOTION_DIM, generator=random_keys.torch_generator(seed, "evaluate"))
     found = []
     for part in noise.split(BATCH):
-        z, v = part.to(device).split((c.LATENT_DIM, c.MOTION_DIM), dim=1)
-        roll = generator.roll(Window.still(generator.start(z), v, c.NUM_FRAMES - 1))
+        roll = generator.roll(rollouts.window_of_noise(generator, c, part.to(device)))
         frames = itertools.islice(roll, FROM, FROM + WINDOW)
         found.append(torch.stack([data.to_uint8(image).cpu() for image, _ in frames], dim=1))
     return torch.cat(found)
@@ -98,9 +97,7 @@ def of_predictions(generator: Generator, c: SimpleNamespace, image_set: data.Ima
     clips = rollouts.shown_clips(image_set)
     rows = np.concatenate([np.arange(*image_set.clip_offsets[clip:clip + 2]) for clip in clips])
     mu = torch.zeros(len(image_set.images), c.LATENT_DIM, device=device)
-    for part in np.split(rows, range(dynamics.CHUNK, len(rows), dynamics.CHUNK)):
-        mu[torch.from_numpy(part).to(device)] = generator.vae.encode(
-            training_step.read_images(image_set, part, device))[0].float()
+    mu[torch.from_numpy(rows).to(device)] = dynamics.encode_rows(generator.vae, image_set, rows, device)[0]
     errors = rollouts.prediction_errors(generator, c, image_set, (mu, mu))
     kind = "held-out" if len(image_set.held_out_clips) else "training"
     for ahead in rollouts.AHEAD if errors else ():
@@ -112,9 +109,7 @@ def of_predictions(generator: Generator, c: SimpleNamespace, image_set: data.Ima
 
 def of_courses(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
                device: torch.device) -> Iterator[Score]:
-    made = rollouts.made_course(generator, rollouts.from_noise(generator, c, rollouts.VIDEOS, device))
-    real = rollouts.real_course(image_set, device)
-    values = rollouts.video_values(made, real)
+    values = rollouts.video_values(*rollouts.courses(generator, c, image_set, device))
     last = rollouts.LONG - 1
     yield "contrast", values["contrast"], f"of frame {last} / that of frame 0, {rollouts.VIDEOS} videos from noise"
     yield "length of z", values["z_growth"], "the same of |z|"

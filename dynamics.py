@@ -55,7 +55,7 @@ def begin(state, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor] | Non
     state.codes = mu, _ = codes or encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
     parts = (mu[row:row + len(image_set.images)].split(np.diff(image_set.clip_offsets).tolist())
              for row in range(0, len(mu), len(image_set.images)))                 # of all clips, then of mirrored ones
-    clips = [codes[clip] for codes in parts for clip in image_set.train_clips]
+    clips = [part[clip] for part in parts for clip in image_set.train_clips]
     for generator in (state.generator, state.ema):
         generator.layer.dynamics.fit(clips)
 
@@ -65,9 +65,18 @@ def encode_frames(vae, image_set: data.ImageSet, device: torch.device,
                   mirrored: bool = False) -> tuple[Tensor, Tensor]:
     """Returns mu and logvar of all N frames, each (N, LATENT_DIM), from chunks of one size, so that a resumed run gets
     equal bits. mirrored: then of all mirrored frames, (2 N, LATENT_DIM)."""
-    chunks = np.split(np.arange(len(image_set.images)), range(CHUNK, len(image_set.images), CHUNK))
-    parts = [vae.encode(training_step.read_images(image_set, rows, device, np.full(len(rows), flip)))
-             for flip in (False, True)[:1 + mirrored] for rows in chunks]
+    rows = np.arange(len(image_set.images))
+    parts = [encode_rows(vae, image_set, rows, device, flip) for flip in (False, True)[:1 + mirrored]]
+    mu, logvar = (torch.cat(column) for column in zip(*parts))
+    return mu, logvar
+
+
+@torch.no_grad()
+def encode_rows(vae, image_set: data.ImageSet, rows: np.ndarray, device: torch.device,
+                mirrored: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns mu and logvar of the frames in `rows` (n,), or of these mirrored, each (n, LATENT_DIM)."""
+    parts = [vae.encode(training_step.read_images(image_set, part, device, np.full(len(part), mirrored)))
+             for part in np.split(rows, range(CHUNK, len(rows), CHUNK))]
     mu, logvar = (torch.cat(column) for column in zip(*parts))
     return mu, logvar
 

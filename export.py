@@ -108,9 +108,9 @@ class VideoStart(nn.Module):
     """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W), and the window of a video that starts there: codes
     (B, P, LATENT_DIM) and earlier images (B, P*C, H, W) in [0, 1]. The first of the codes is also the anchor."""
 
-    def __init__(self, generator: Generator, past: int):
+    def __init__(self, generator: Generator):
         super().__init__()
-        self.generator, self.past = generator, past
+        self.generator, self.past = generator, generator.layer.video.num_frames - 1
 
     def forward(self, z):
         code = self.generator.start(z)
@@ -169,14 +169,14 @@ def check_difference(difference: float) -> None:
 
 
 @functools.lru_cache(maxsize=1)                 # --out and --web in one call share the models
-def checked_onnx(generator: Generator, latent_dim: int, motion_dim: int = 0,
-                 past: int = 0) -> tuple[dict[str, bytes], str]:
-    """Returns {"": the ONNX model} and words on its speed and exactness; with motion_dim that of a video's step, and
+def checked_onnx(generator: Generator, rolls: bool) -> tuple[dict[str, bytes], str]:
+    """Returns {"": the ONNX model} and words on its speed and exactness; with `rolls` that of a video's step, and
     {"_start": that of its start}. Raises RunError if their images differ from torch's at a batch size of 1 or 3."""
     print("tracing the network for ONNX, which takes up to a minute", flush=True)
+    latent_dim = generator.vae.latent_dim
     z = latent_space.draw_z(0, 0, 4, latent_dim)
-    if motion_dim:
-        return checked_video_models(generator, z, latent_space.draw_z(1, 0, 4, motion_dim), past)
+    if rolls:
+        return checked_video_models(generator, z)
     model = to_onnx(generator, {"z": torch.zeros(2, latent_dim)}, ["image"])
     run = session_of(model)
     difference = levels_apart(torch_images(generator, z), torch.cat([run(z=part)[0] for part in (z[:1], z[1:])]))
@@ -185,17 +185,11 @@ def checked_onnx(generator: Generator, latent_dim: int, motion_dim: int = 0,
     return {"": model}, f"{times}; at batch sizes 1 and 3 at most {difference:.2g} levels of 255 from torch"
 
 
-def onnx_of_run(generator: Generator, c: SimpleNamespace, saved: dict) -> tuple[dict[str, bytes], str]:
-    """Calls checked_onnx for a loaded checkpoint."""
-    if learned_motion(saved):
-        return checked_onnx(generator, c.LATENT_DIM, c.MOTION_DIM, c.NUM_FRAMES - 1)
-    return checked_onnx(generator, c.LATENT_DIM)
-
-
 @torch.inference_mode()
-def checked_video_models(generator: Generator, z: Tensor, v: Tensor, past: int) -> tuple[dict[str, bytes], str]:
+def checked_video_models(generator: Generator, z: Tensor) -> tuple[dict[str, bytes], str]:
     """As checked_onnx; compares CHECKED_FRAMES frames, each from onnxruntime's own frames before."""
-    first, step = VideoStart(generator, past), VideoStep(generator)
+    first, step = VideoStart(generator), VideoStep(generator)
+    v = latent_space.draw_z(1, 0, 4, generator.layer.dynamics.of_v.in_features)
     with torch.inference_mode(False), torch.no_grad():
         _, codes, earlier = first(torch.zeros(2, z.shape[1]))
         inputs = {"codes": codes, "v": torch.zeros(2, v.shape[1]), "anchor": codes[:, 0].clone(), "earlier": earlier}
@@ -204,7 +198,7 @@ def checked_video_models(generator: Generator, z: Tensor, v: Tensor, past: int) 
     run, run_start = session_of(models[""]), session_of(models["_start"])
     differences = []
     for part in (slice(1), slice(1, 4)):
-        expected = generator.roll(Window.still(generator.start(z[part]), v[part], past))
+        expected = generator.roll(Window.still(generator.start(z[part]), v[part], first.past))
         image, codes, earlier = run_start(z=z[part])
         differences.append(levels_apart(image, generator.sample(z[part])))
         anchor = codes[:, 0].contiguous()
@@ -269,7 +263,7 @@ def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespa
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         temporary = Path(temporary)
         copy_onnxruntime(ort, temporary)
-        models, words = onnx_of_run(generator, c, saved)
+        models, words = checked_onnx(generator, learned_motion(saved))
         for name, model in models.items():
             (temporary / f"model{name}.onnx").write_bytes(model)
         (temporary / "model.json").write_text(json.dumps(page_facts(saved, c, about)), encoding="utf-8")
@@ -314,7 +308,7 @@ def start(argv: Sequence[str] | None) -> None:
             raise InputError(f"--out {out} exists beside the weights that are read: give another name")
         write_weights(out, saved, generator, arguments.about)
     elif out:
-        models, words = onnx_of_run(generator, c, saved)
+        models, words = checked_onnx(generator, learned_motion(saved))
         files = [out.with_stem(out.stem + name) for name in models]
         for file, model in zip(files, models.values()):
             with checkpoints.atomic_write(file) as handle:

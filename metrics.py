@@ -123,7 +123,8 @@ def motion_distances(reference: tuple[Tensor, Tensor], *others: tuple[Tensor, Te
         frame, difference = parts(*pair)
         return torch.cat([frame, scale * difference], dim=1)
 
-    return [frechet_distance(points(pair), points(reference)) for pair in others]
+    known = points(reference)
+    return [frechet_distance(points(pair), known) for pair in others]
 
 
 def flicker(windows: Tensor) -> float:

@@ -54,7 +54,13 @@ def from_noise(generator: Generator, c: SimpleNamespace, count: int, device: tor
     """Returns the windows of `count` videos that start from noise, always the same ones."""
     z = torch.randn(count, c.LATENT_DIM, generator=torch_generator(c.SEED, "samples"))
     v = torch.randn(count, c.MOTION_DIM, generator=torch_generator(c.SEED, "motion codes of samples"))
-    return Window.still(generator.start(z.to(device)), v.to(device), c.NUM_FRAMES - 1)
+    return window_of_noise(generator, c, torch.cat([z, v], dim=1).to(device))
+
+
+def window_of_noise(generator: Generator, c: SimpleNamespace, noise: Tensor) -> Window:
+    """Returns the windows of the videos that start from noise = z and v, (N, LATENT_DIM + MOTION_DIM)."""
+    z, v = noise.split((c.LATENT_DIM, c.MOTION_DIM), dim=1)
+    return Window.still(generator.start(z), v, c.NUM_FRAMES - 1)
 
 
 def rendered(generator: Generator, z: Tensor) -> Tensor:
@@ -66,22 +72,25 @@ def rendered(generator: Generator, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prediction_errors(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
-                      codes: tuple[Tensor, Tensor]) -> dict[str, float]:
+                      codes: tuple[Tensor, Tensor], linear: bool = True) -> dict[str, float]:
     """Returns {"r1": the error of rendered predictions one frame ahead, divided by that of a copy of the last frame,
-    ...} and "r1_frozen", the same from windows that show no motion, and "r1_linear", that of codes that go on as
-    between the last two frames. Empty if the clips are too short."""
+    ...} and "r1_frozen", the same from windows that show no motion, and with `linear` "r1_linear", that of codes that
+    go on as between the last two frames. Empty if the clips are too short."""
     window, first = windows(c, image_set, codes, MEASURED_CLIPS, STARTS, max(AHEAD))
     if not len(first):
         return {}
     live, frozen = (unrolled(generator, window, max(AHEAD), frozen) for frozen in (False, True))
-    newest, change = window.codes[:, 0], window.codes[:, 0] - window.codes[:, 1]
-    copy, found = rendered(generator, newest), {}
+    newest = window.codes[:, 0, None]
+    frames = torch.arange(1, 1 + max(AHEAD), device=newest.device)[:, None]
+    predicted = {"": live, "_frozen": frozen} | ({"_linear": newest + frames * (newest - window.codes[:, 1, None])}
+                                                 if linear else {})
+    copy, found = rendered(generator, window.codes[:, 0]), {}
     for ahead in AHEAD:
         real = rendered(generator, codes[0][torch.from_numpy(first + ahead - 1).to(live.device)])
         by_copying = (copy - real).abs().mean()
-        for name, z in ((f"r{ahead}", live[:, ahead - 1]), (f"r{ahead}_frozen", frozen[:, ahead - 1]),
-                        (f"r{ahead}_linear", newest + ahead * change)):
-            found[name] = ((rendered(generator, z) - real).abs().mean() / by_copying).item()
+        for kind, z in predicted.items():
+            error = (rendered(generator, z[:, ahead - 1]) - real).abs().mean()
+            found[f"r{ahead}{kind}"] = (error / by_copying).item()
     return found
 
 
@@ -127,6 +136,12 @@ def real_course(image_set: data.ImageSet, device: torch.device, frames: int = LO
     return course(training_step.read_images(image_set, begin + t, device) for t in range(frames))
 
 
+def courses(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
+            device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the course of VIDEOS videos from noise, and real_course."""
+    return made_course(generator, from_noise(generator, c, VIDEOS, device)), real_course(image_set, device)
+
+
 def drift_of(values: dict[str, Tensor], at: int) -> float:
     return values["drift"][at].mean().item()
 
@@ -146,7 +161,7 @@ def video_values(made: dict[str, Tensor], real: dict[str, Tensor]) -> dict[str, 
 def compared(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet, device: torch.device) -> dict:
     """Returns {value: {"made": medians of videos from noise, frame by frame, "low", "high": 5% and 95% quantiles of
     real clips, or of the videos where clips have no such value}}."""
-    made, real = made_course(generator, from_noise(generator, c, VIDEOS, device)), real_course(image_set, device)
+    made, real = courses(generator, c, image_set, device)
 
     def curve(values, share):
         return [float(f"{value:.4g}") for value in values.quantile(share, dim=1).tolist()]
@@ -158,19 +173,15 @@ def compared(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
 def measure(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
             codes: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Returns prediction_errors, without those of constant velocity, and video_values."""
-    device, errors = codes[0].device, prediction_errors(generator, c, image_set, codes)
-    return ({name: error for name, error in errors.items() if not name.endswith("_linear")}
-            | video_values(made_course(generator, from_noise(generator, c, VIDEOS, device)),
-                           real_course(image_set, device)))
+    return (prediction_errors(generator, c, image_set, codes, linear=False)
+            | video_values(*courses(generator, c, image_set, codes[0].device)))
 
 
 @torch.no_grad()
 def late_frames(generator: Generator, c: SimpleNamespace, noise: Tensor) -> Tensor:
     """Returns the LATE-th frame of each video that starts from noise = z and v, (N, LATENT_DIM + MOTION_DIM), as images
     (N, C, H, W) in [-1, 1]."""
-    z, v = noise.split((c.LATENT_DIM, c.MOTION_DIM), dim=1)
-    window = Window.still(generator.start(z), v, c.NUM_FRAMES - 1)
-    return rendered(generator, unrolled(generator, window, LATE)[:, -1])
+    return rendered(generator, unrolled(generator, window_of_noise(generator, c, noise), LATE)[:, -1])
 
 
 # ------------------------------------------------------------------------------------- sheets

@@ -96,8 +96,7 @@ def new_state(name: str, c, device: torch.device) -> run_state.State:
     state = run_state.new_state(c, device)
     if layer_class is not TransformerParamTanh:
         layer = model_definitions.build(c, layer_class)[0].layer.to(device)
-        state.generator.layer, state.ema.layer = layer, copy.deepcopy(layer).requires_grad_(False)
-        state.generator_optimizer.param_groups[1]["params"] = list(layer.parameters())
+        tables.replace_layer(state, layer)
     return state
 
 

@@ -166,9 +166,7 @@ def new_state(name: str, c: SimpleNamespace, saved: dict, device: torch.device) 
         with torch.random.fork_rng(devices=[]):               # as in run_state: equal weights where shapes are equal
             torch.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
             layer = model_definitions.build(c, layer_class)[0].layer.to(device)
-        state.generator.layer, state.ema.layer = layer, copy.deepcopy(layer).requires_grad_(False)
-        for group in (state.generator_optimizer.param_groups[1], state.motion_optimizer.param_groups[0]):
-            group["params"] = list(layer.parameters())
+        tables.replace_layer(state, layer)
     vae = {key.removeprefix("vae."): weight for key, weight in saved["ema"].items() if key.startswith("vae.")}
     for generator in (state.generator, state.ema):
         generator.vae.load_state_dict(vae)

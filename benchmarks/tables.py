@@ -4,6 +4,7 @@ A benchmark imports this file before the project's own, which lie in the root.
 """
 
 import argparse
+import copy
 import csv
 import statistics
 import subprocess
@@ -84,6 +85,16 @@ def read(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         if tuple(reader.fieldnames or ()) != tuple(columns):
             raise InputError(f"{file}: not a table of this script, or of an older version: give another file")
         return list(reader)
+
+
+def replace_layer(state, layer: torch.nn.Module) -> None:
+    """Gives a new run_state.State another layer: to its generators and to the optimizers that train it."""
+    state.generator.layer, state.ema.layer = layer, copy.deepcopy(layer).requires_grad_(False)
+    groups = [state.generator_optimizer.param_groups[1]]
+    if state.motion_optimizer:
+        groups += state.motion_optimizer.param_groups
+    for group in groups:
+        group["params"] = list(layer.parameters())
 
 
 def plot_differences(panel, paired: dict[str, Sequence[float]], title: str) -> None:

@@ -16,6 +16,7 @@ import dynamics
 import model_definitions
 import run_state
 import training
+from model_definitions import Window
 
 torch.set_num_threads(1)       # the tensors are small: a second thread would mostly wait
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs, and their children, ignore it
@@ -146,6 +147,12 @@ def start_stage_2():
         dynamics.begin(state, c, clips)
         return state, c, clips
     return new
+
+
+def window_of(c, rng, count=2):
+    """Returns random windows of clips."""
+    return Window(torch.randn(count, c.NUM_FRAMES - 1, c.LATENT_DIM, generator=rng),
+                  torch.randn(count, c.MOTION_DIM, generator=rng), torch.randn(count, c.LATENT_DIM, generator=rng))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAST, SMALL, error_line, lines
+from conftest import PAST, SMALL, error_line, lines, window_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoints
@@ -32,11 +32,6 @@ def start(start_stage_2):
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(0)
-
-
-def window_of(c, rng, count=2):
-    return Window(torch.randn(count, PAST, c.LATENT_DIM, generator=rng),
-                  torch.randn(count, c.MOTION_DIM, generator=rng), torch.randn(count, c.LATENT_DIM, generator=rng))
 
 
 # ------------------------------------------------------------------------------------- model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAST, SMALL
+from conftest import PAST, SMALL, window_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -15,7 +15,6 @@ import tables
 import demo_images
 import dynamics
 import training
-from model_definitions import Window
 
 CPU = torch.device("cpu")
 
@@ -37,12 +36,6 @@ def variant(start_stage_2):
     return new
 
 
-def window_of(c, count=2):
-    g = torch.Generator().manual_seed(0)
-    return Window(torch.randn(count, c.NUM_FRAMES - 1, c.LATENT_DIM, generator=g),
-                  torch.randn(count, c.MOTION_DIM, generator=g), torch.randn(count, c.LATENT_DIM, generator=g))
-
-
 @pytest.mark.parametrize("name", motion_ablation.VARIANTS)
 def test_every_variant_trains_its_layer_on_the_runs_vae(variant, name):
     (state, c, clips), (live, _, _) = variant(name), variant("live")
@@ -58,7 +51,7 @@ def test_every_variant_trains_its_layer_on_the_runs_vae(variant, name):
 def test_what_the_variants_see_of_a_window(variant):
     def moves(name, change):
         state, c, _ = variant(name)
-        window, layer = window_of(c), state.generator.layer
+        window, layer = window_of(c, torch.Generator().manual_seed(0)), state.generator.layer
         with torch.no_grad():
             torch.manual_seed(1)
             one = layer.next_code(window) - window.codes[:, 0]
@@ -76,7 +69,7 @@ def test_what_the_variants_see_of_a_window(variant):
         assert moves(name, older) > 1e-5, name
     assert moves("frozen", older) == moves("frozen", copies) == moves("no delta", older) == 0
     state, c, _ = variant("shuffled")
-    still = copies(window_of(c))
+    still = copies(window_of(c, torch.Generator().manual_seed(0)))
     with torch.no_grad():
         torch.testing.assert_close(state.generator.layer.next_code(still),
                                    variant("live")[0].generator.layer.next_code(still))
@@ -92,7 +85,7 @@ def test_mlp_and_gru_have_as_many_parameters_as_the_transformer(variant):
 @pytest.mark.parametrize("name", ["pixels", "pixels and codes"])
 def test_pixels_are_those_of_the_codes_whether_or_not_they_were_decoded_before(variant, name):
     state, c, _ = variant(name)
-    layer, window = state.generator.layer, window_of(c)
+    layer, window = state.generator.layer, window_of(c, torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = [layer.displayed(state.generator.vae.decode(code)) for code in window.codes.unbind(1)]
         torch.testing.assert_close(layer.images(window.codes), torch.stack(images, 1))
