@@ -30,7 +30,7 @@ import command_line
 from command_line import InputError
 
 FORMAT = 1  # increased when the drawings change, so that an older set is replaced
-CLIP_FORMAT = 3  # the same for what only the clips show
+CLIP_FORMAT = 4  # the same for what only the clips show
 MARKER, STATES = "demo_set.json", "states.npz"
 Point = tuple[float, float]
 Planes = tuple[np.ndarray, np.ndarray]    # two arrays (size, size): coordinates, or light
@@ -58,7 +58,7 @@ HOPS = range(8, 17)             # frames in the air: n frames of flight rise by 
 HOP_SPEED = (0.02, 0.07)        # horizontal
 NEW_HOP = 0.2                   # share of the landings after which the owl rests and then hops in another way
 RESTS = range(9)                # frames on the branch between two different hops
-BLINK = (0.5, 1, 1, 0.5)        # how far the lids are closed
+BLINK = (0.5, 1, 1, 1, 0.5)     # how far the lids are closed
 FEET, BODY = 0.755, 0.27        # y of the feet and of the body's middle in an owl of the still set
 PERCH = 0.76                    # y of the feet on the branch
 OWL_WINDOW = 1.15               # no part of an owl, wings included, is farther from (0, 0) in the still set
@@ -407,7 +407,7 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
     hue, sky: its hue in turns, and the name of the sky
     """
     f, rng = factors(index, seed), np.random.default_rng([seed, index, 2])
-    scale = rng.uniform(0.45, 0.60)
+    scale = rng.uniform(0.60, 0.75)
     reach = 1 - 0.46 * f["width"] * scale  # where the body touches the side
     x, vx, height, rise, tilt, turn, goal = rng.uniform(-reach, reach), 0.0, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0)
     hop, in_air, rest, blink, rows = None, 0, 1, len(BLINK), []
@@ -432,9 +432,9 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
             goal = rng.uniform(-0.45, 0.45), rng.uniform(-1, 1)
         tilt, turn = tilt + (goal[0] - tilt) / 4, turn + (goal[1] - turn) / 4
         if in_air:
-            blinks = in_air == (hop + 3) // 2  # 4 frames around the top, so that they do not show vy
+            blinks = in_air == (hop + len(BLINK) - 1) // 2  # around the top, so that they do not show vy
         else:
-            blinks = blink >= len(BLINK) and rng.random() < 1 / 14
+            blinks = blink >= len(BLINK) and rest > 2 and rng.random() < 1 / 8  # ends before that of the hop
         blink = 0 if blinks else blink + 1
         rows.append((x, PERCH - (FEET - BODY) * scale - height, vx if in_air else 0.0, -rise, tilt, turn,
                      BLINK[blink] if blink < len(BLINK) else 0.0, landed, bounced))
@@ -447,18 +447,20 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
 def draw_clip(index: int, frames: int = 48, size: int = 128, seed: int = 0) -> Iterator[np.ndarray]:
     """Yields the frames of clip `index`, uint8 (size, size, 3), functions of the arguments.
 
-    The owl is that of image `index`. It moves as `motion` says; its wings open with its height. No part of a frame
-    depends on the velocity, so that a single frame does not show where the owl is going.
+    The owl is that of image `index`, with open eyes and in softer light, so that blinks are seen, and owls at night. It
+    moves as `motion` says; its wings open with its height. No part of a frame depends on the velocity, so that a single
+    frame does not show where the owl is going.
     """
     scene, state = Scene(index, size, seed), motion(index, frames, seed)
     scene.f |= {"x": 0.0, "lean": 0.0, "branch": 0.0}
     for part in (draw_sky, draw_land, draw_branch):
         part(scene)
     background, fixed, scale = scene.canvas, scene.f, state["scale"]
+    scene.shadow = mix(scene.shadow, scene.light, 0.4)
     for x, y, tilt, turn, lids in zip(*(state[name].tolist() for name in ("x", "y", "tilt", "turn", "lids"))):
         height = PERCH - (FEET - BODY) * scale - y
         wings = min(0.08 + 2.2 * height, 0.9)
-        scene.f = fixed | {"tilt": tilt, "turn": turn, "lids": mix(fixed["lids"], 1.8, lids), "left_wing": wings,
+        scene.f = fixed | {"tilt": tilt, "turn": turn, "lids": 1.8 * lids, "left_wing": wings,
                            "right_wing": wings}
         scene.canvas = background.copy()
         owl = scene.window(x, y - BODY * scale, scale)

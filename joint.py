@@ -24,7 +24,8 @@ from dynamics import Windows, unrolled
 from model_definitions import Generator, Window
 from training_step import to_device
 
-PREFIXES = (0, 8, 24, 64)      # frames that free videos run before those with gradient; one of them per step
+PREFIXES = (0, 8, 16, 24)      # frames that free videos run before those with gradient; one of them per step
+FED_BACK_EVERY = 8             # of these, as generated videos feed every image back: rendering all would take too long
 UNROLLED = 3                   # predicted frames with gradient
 CLIP_STARTS = 0.5              # share of the free videos that start from the window of a clip
 DECODED_EVERY = 4              # of the images of a free video that the Transformer reads
@@ -171,11 +172,13 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     """The frames that are judged: of H videos that are compared with their clips, and of H free ones."""
     known, half, past = batch.windows, len(batch.free), c.NUM_FRAMES - 1
     v, kl = dynamics.motion_codes(generator.layer.dynamics, c, known)
-    is_noise, z = batch.is_noise[:, None], generator.start(batch.z)
-    free = Window(torch.where(is_noise[:, None], z[:, None], batch.free), batch.v,
-                  torch.where(is_noise, z, batch.free_anchor))
-    with torch.no_grad():                        # all codes of the free videos so far, oldest first
-        run = torch.cat([free.codes.flip(1), unrolled(generator, free, batch.prefix)], dim=1)
+    is_noise = batch.is_noise[:, None]
+    with torch.no_grad():
+        z = generator.start(batch.z)
+        free = Window(torch.where(is_noise[:, None], z[:, None], batch.free), batch.v,
+                      torch.where(is_noise, z, batch.free_anchor))
+        prefix = unrolled(generator, free, batch.prefix, fed_back_every=FED_BACK_EVERY)
+        run = torch.cat([free.codes.flip(1), prefix], dim=1)        # all codes of the free videos so far, oldest first
     start = torch.cat([known.codes.flip(1), run[:, -past:]])                                # (B, P, LATENT_DIM)
     v, anchor = torch.cat([v, batch.v]), torch.cat([known.anchor, free.anchor])
     codes = unrolled(generator, Window(start.flip(1), v, anchor), UNROLLED)                 # (B, UNROLLED, LATENT_DIM)

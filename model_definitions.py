@@ -452,11 +452,13 @@ class Dynamics(nn.Module):
         nn.init.zeros_(self.to_delta.weight)
         nn.init.zeros_(self.to_delta.bias)
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
+        self.is_fitted = False
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
         for name in ("start_mean", "start_root", "whiten"):    # older files lack them: their videos start from N(0, I)
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *others)
+        self.is_fitted = bool(self.start_mean.any())
 
     def fit(self, clips: Sequence[Tensor]) -> None:
         """Sets the buffers from the codes of clips, each (T, LATENT_DIM)."""
@@ -471,6 +473,7 @@ class Dynamics(nn.Module):
         self.start_root.copy_(root(torch.cov(codes.T)))
         self.change.copy_(changes.square().mean(0).sqrt().clamp_min(self.SMALLEST))
         self.whiten.copy_(torch.linalg.inv(root(2 * centred.T @ centred / len(centred), self.STILL)))
+        self.is_fitted = True
 
     def start(self, z: Tensor) -> Tensor:
         """z (B, LATENT_DIM) from N(0, I) -> codes from the Gaussian of all codes."""
@@ -640,7 +643,13 @@ class Generator(nn.Module):
 
         generator = Generator.from_file("pretrained/avatars64.pt")
         image = generator(torch.randn(16, generator.vae.latent_dim))      # (16, 3, 64, 64) in [-1, 1]
+
+    In a video, encoder and decoder keep the codes where those of real images are: a code from the Gaussian of all codes
+    often shows two owls or none, and predicted codes slowly leave the known ones. docs/video.md has the gains.
     """
+
+    ROUND_TRIPS = 3     # times that a code from the Gaussian is decoded and encoded before a video starts there
+    FEEDBACK = 0.2      # share of the way that the code of each frame moves to that of its image
 
     def __init__(self, vae: VAE, layer: TransformerParamTanh):
         super().__init__()
@@ -665,8 +674,19 @@ class Generator(nn.Module):
 
     def start(self, z: Tensor) -> Tensor:
         """Returns the codes (B, LATENT_DIM) of the images that z (B, LATENT_DIM) from N(0, I) stands for: z itself, or
-        in a model of clips Dynamics.start(z)."""
-        return z if self.layer.dynamics is None else self.layer.dynamics.start(z)
+        in a model that has learned motion Dynamics.start(z), decoded and encoded ROUND_TRIPS times."""
+        if self.layer.dynamics is None or not self.layer.dynamics.is_fitted:
+            return z
+        code = self.layer.dynamics.start(z)
+        for _ in range(self.ROUND_TRIPS):
+            code = self.towards_image(code, 1)
+        return code
+
+    def towards_image(self, code: Tensor, share: float) -> Tensor:
+        """Returns codes (B, LATENT_DIM) that are moved by this share of the way to the codes of their images, as the
+        layer would show them with ALPHA_INIT."""
+        image = 2 * self.layer.displayed(self.vae.decode(code)) - 1
+        return code + share * (self.vae.encode(image)[0] - code)
 
     def sample(self, z: Tensor) -> Tensor:
         """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]."""
@@ -684,7 +704,10 @@ class Generator(nn.Module):
         """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
         The Transformer predicts each code from the codes before, and reads the images that were made before, at the
         start those of the window's codes: the feedback loop, closed in time."""
-        earlier = torch.cat([(1 + self(code)) / 2 for code in window.codes.unbind(1)], dim=1)
+        is_still = torch.equal(window.codes, window.codes[:, :1].expand_as(window.codes))
+        codes = window.codes[:, :1 if is_still else None].unbind(1)
+        earlier = torch.cat([(1 + self(code)) / 2 for code in codes], dim=1)
+        earlier = earlier.repeat(1, window.codes.shape[1] // len(codes), 1, 1)
         while True:
             image, window, earlier = self.next_frame(window, earlier)
             yield image, window.codes[:, 0]
@@ -695,6 +718,7 @@ class Generator(nn.Module):
         z = self.layer.next_code(window)
         image, _ = self.image_and_alpha(z, earlier, window=window)
         earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
+        z = z + self.FEEDBACK * (self.vae.encode(image)[0] - z)
         return image, window.followed_by(z), earlier
 
 

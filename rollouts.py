@@ -23,7 +23,7 @@ STARTS = 3                     # windows per measured clip
 LONG = 64                      # frames of a measured video
 VIDEOS = 16                    # measured videos from noise
 DRIFT_AT = 31                  # frame whose colours are compared with those of frame 0
-LATE = 24                      # frame of a video from noise that the scores of images use
+LATE = 16                      # frame of a video from noise that the scores of images use
 SHOWN, SHOWN_FRAMES = 4, 32    # videos of each kind on a sheet, and their frames
 
 
@@ -181,7 +181,11 @@ def measure(generator: Generator, c: SimpleNamespace, image_set: data.ImageSet,
 def late_frames(generator: Generator, c: SimpleNamespace, noise: Tensor) -> Tensor:
     """Returns the LATE-th frame of each video that starts from noise = z and v, (N, LATENT_DIM + MOTION_DIM), as images
     (N, C, H, W) in [-1, 1]."""
-    return rendered(generator, unrolled(generator, window_of_noise(generator, c, noise), LATE)[:, -1])
+    def late(part):
+        image, _ = next(itertools.islice(generator.roll(window_of_noise(generator, c, part)), LATE - 1, None))
+        return image
+
+    return torch.cat([late(part) for part in noise.split(CHUNK)])
 
 
 # ------------------------------------------------------------------------------------- sheets

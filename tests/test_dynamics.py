@@ -92,11 +92,32 @@ def test_a_roll_feeds_its_images_and_codes_back(start, rng):
     with torch.no_grad():
         (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window), range(2)))
         earlier = torch.cat([(1 + generator(code)) / 2 for code in window.codes.unbind(1)], 1)
-        assert torch.equal(z, generator.layer.next_code(window))
-        assert torch.equal(image, generator(z, earlier, window=window))
+        predicted = generator.layer.next_code(window)
+        assert torch.equal(image, generator(predicted, earlier, window=window))
+        torch.testing.assert_close(z, 0.8 * predicted + 0.2 * generator.vae.encode(image)[0])
         after = window.followed_by(z)
-        assert torch.equal(z_second, generator.layer.next_code(after))
-        assert torch.equal(second, generator(z_second, torch.cat([(1 + image) / 2, earlier[:, :6]], 1), window=after))
+        predicted = generator.layer.next_code(after)
+        assert torch.equal(second, generator(predicted, torch.cat([(1 + image) / 2, earlier[:, :6]], 1), window=after))
+        torch.testing.assert_close(z_second, 0.8 * predicted + 0.2 * generator.vae.encode(second)[0])
+
+
+def test_a_roll_from_a_still_window_begins_with_copies_of_its_image(start, rng):
+    state, c, _ = start()
+    generator, window = state.generator, Window.still(*window_of(c, rng)[2:0:-1], PAST)
+    with torch.no_grad():
+        image, _ = next(generator.roll(window))
+        copies = ((1 + generator(window.anchor)) / 2).repeat(1, PAST, 1, 1)
+        torch.testing.assert_close(image, generator(generator.layer.next_code(window), copies, window=window))
+
+
+def test_a_video_starts_from_a_code_that_was_decoded_and_encoded(start, rng):
+    state, c, _ = start()
+    generator, z = state.generator, torch.randn(2, c.LATENT_DIM, generator=rng)
+    code = generator.layer.dynamics.start(z)
+    with torch.no_grad():
+        for _ in range(3):
+            code = generator.vae.encode(torch.tanh(c.ALPHA_INIT * (2 * generator.vae.decode(code) - 1)))[0]
+        torch.testing.assert_close(generator.start(z), code)
 
 
 # ------------------------------------------------------------------------------------- windows
@@ -263,7 +284,7 @@ def test_stage_2_begins_with_the_averaged_vae(start):
     for generator in (state.generator, state.ema):
         torch.testing.assert_close(generator.layer.dynamics.change, torch.cat(changes).square().mean(0).sqrt())
     noise = torch.randn(20_000, c.LATENT_DIM, generator=torch.Generator().manual_seed(0))
-    drawn, codes = state.ema.start(noise), state.codes[0][:72]                 # of the training clips
+    drawn, codes = state.ema.layer.dynamics.start(noise), state.codes[0][:72]                 # of the training clips
     torch.testing.assert_close(drawn.mean(0), codes.mean(0), rtol=0, atol=0.05 * codes.std().item())
     torch.testing.assert_close(torch.cov(drawn.T), torch.cov(codes.T), rtol=0.05, atol=0.05 * codes.var().item())
     offsets = clips.clip_offsets[:5].tolist()
