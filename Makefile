@@ -6,12 +6,12 @@ RUN := demo
 .PHONY: demo demo-video test test-slow lint clean
 
 demo: .venv/run.stamp
-	$(BIN)/python training.py --image-size 64 --minutes 10 --run $(RUN)
+	$(BIN)/python training.py --image-size 64 --batch-size 8 --minutes 10 --run $(RUN)
 	$(BIN)/python generate.py runs/$(RUN) --images 64 --seed 1 --out runs/$(RUN)/generated
 	@echo "images: runs/$(RUN)/generated/seed1_grid.png; samples during training: runs/$(RUN)/samples; report: runs/$(RUN)/index.html"
 
 demo-video: .venv/run.stamp
-	$(BIN)/python training.py --folders clips --image-size 64 --flip --vae-kimg 24 --dynamics-kimg 56 --minutes 20 --run demo_clips
+	$(BIN)/python training.py --folders clips --image-size 64 --batch-size 8 --flip --vae-kimg 24 --dynamics-kimg 56 --minutes 20 --run demo_clips
 	$(BIN)/python generate.py runs/demo_clips --video runs/demo_clips/generated/owls.webp --mode roll --grid 5x2 --fps 10
 	@echo "videos: runs/demo_clips/generated/owls.webp; samples during training: runs/demo_clips/samples; report: runs/demo_clips/index.html"
 

@@ -66,7 +66,7 @@ JOINT_LEARNING_RATE = 1e-3  # Adam's learning rate for the decoder in stage 3 ..
 JOINT_LAYER_RATE = 3e-5     # ... and for TransformerParamTanh: faster, the critics pull it off the clips, see docs/video.md
 
 # ------------------------------------------------------------------------------------- optimisation
-BATCH_SIZE = 8              # images per update, over all processes; on two cores 8 is better in equal time than 16, a GPU needs 32 or more
+BATCH_SIZE = 16             # images per update, over all processes; on a few cores 8 is as good in equal time, a GPU needs 32 or more
 MICRO_BATCH = 0             # images on the device at once, a divisor of BATCH_SIZE; 0: all. Saves memory, same gradients
 N_CRITIC = 1                # critic updates per generator update
 LEARNING_RATE = 1e-3        # Adam's learning rate for the VAE

@@ -447,9 +447,9 @@ def motion(index: int, frames: int, seed: int = 0) -> dict:
 def draw_clip(index: int, frames: int = 48, size: int = 128, seed: int = 0) -> Iterator[np.ndarray]:
     """Yields the frames of clip `index`, uint8 (size, size, 3), functions of the arguments.
 
-    The owl is that of image `index`, with open eyes and in softer light, so that blinks are seen, and owls at night. It
-    moves as `motion` says; its wings open with its height. No part of a frame depends on the velocity, so that a single
-    frame does not show where the owl is going.
+    The owl is that of image `index`, with open eyes, light lids and in softer light, so that blinks are seen, and owls
+    at night. It moves as `motion` says; its wings open with its height. No part of a frame depends on the velocity, so
+    that a single frame does not show where the owl is going.
     """
     scene, state = Scene(index, size, seed), motion(index, frames, seed)
     scene.f |= {"x": 0.0, "lean": 0.0, "branch": 0.0}
@@ -457,11 +457,11 @@ def draw_clip(index: int, frames: int = 48, size: int = 128, seed: int = 0) -> I
         part(scene)
     background, fixed, scale = scene.canvas, scene.f, state["scale"]
     scene.shadow = mix(scene.shadow, scene.light, 0.4)
+    scene.colours["lid"] = mix(scene.colours["body"], scene.colours["face"], 0.7)
     for x, y, tilt, turn, lids in zip(*(state[name].tolist() for name in ("x", "y", "tilt", "turn", "lids"))):
         height = PERCH - (FEET - BODY) * scale - y
         wings = min(0.08 + 2.2 * height, 0.9)
-        scene.f = fixed | {"tilt": tilt, "turn": turn, "lids": 1.8 * lids, "left_wing": wings,
-                           "right_wing": wings}
+        scene.f = fixed | {"tilt": tilt, "turn": turn, "lids": 1.8 * lids, "left_wing": wings, "right_wing": wings}
         scene.canvas = background.copy()
         owl = scene.window(x, y - BODY * scale, scale)
         draw_tail(owl)

@@ -24,8 +24,9 @@ from dynamics import Windows, unrolled
 from model_definitions import Generator, Window
 from training_step import to_device
 
-PREFIXES = (0, 8, 16, 24)      # frames that free videos run before those with gradient; one of them per step
+PREFIXES = (0, 4, 8, 16)       # frames that free videos run before those with gradient; one of them per step
 FED_BACK_EVERY = 8             # of these, as generated videos feed every image back: rendering all would take too long
+ROUND_TRIPS = 2                # of the codes of noise: fewer than in generated videos, which takes less time
 UNROLLED = 3                   # predicted frames with gradient
 CLIP_STARTS = 0.5              # share of the free videos that start from the window of a clip
 DECODED_EVERY = 4              # of the images of a free video that the Transformer reads
@@ -174,7 +175,7 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     v, kl = dynamics.motion_codes(generator.layer.dynamics, c, known)
     is_noise = batch.is_noise[:, None]
     with torch.no_grad():
-        z = generator.start(batch.z)
+        z = generator.start(batch.z, ROUND_TRIPS)
         free = Window(torch.where(is_noise[:, None], z[:, None], batch.free), batch.v,
                       torch.where(is_noise, z, batch.free_anchor))
         prefix = unrolled(generator, free, batch.prefix, fed_back_every=FED_BACK_EVERY)

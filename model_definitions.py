@@ -648,7 +648,7 @@ class Generator(nn.Module):
     often shows two owls or none, and predicted codes slowly leave the known ones. docs/video.md has the gains.
     """
 
-    ROUND_TRIPS = 3     # times that a code from the Gaussian is decoded and encoded before a video starts there
+    ROUND_TRIPS = 6     # times that a code from the Gaussian is decoded and encoded before a video starts there
     FEEDBACK = 0.2      # share of the way that the code of each frame moves to that of its image
 
     def __init__(self, vae: VAE, layer: TransformerParamTanh):
@@ -672,13 +672,13 @@ class Generator(nn.Module):
         """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
         return self.image_and_alpha(z, earlier, changes, window)[0]
 
-    def start(self, z: Tensor) -> Tensor:
+    def start(self, z: Tensor, round_trips: int = ROUND_TRIPS) -> Tensor:
         """Returns the codes (B, LATENT_DIM) of the images that z (B, LATENT_DIM) from N(0, I) stands for: z itself, or
-        in a model that has learned motion Dynamics.start(z), decoded and encoded ROUND_TRIPS times."""
+        in a model that has learned motion Dynamics.start(z), decoded and encoded `round_trips` times."""
         if self.layer.dynamics is None or not self.layer.dynamics.is_fitted:
             return z
         code = self.layer.dynamics.start(z)
-        for _ in range(self.ROUND_TRIPS):
+        for _ in range(round_trips):
             code = self.towards_image(code, 1)
         return code
 

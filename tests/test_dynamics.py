@@ -115,9 +115,9 @@ def test_a_video_starts_from_a_code_that_was_decoded_and_encoded(start, rng):
     generator, z = state.generator, torch.randn(2, c.LATENT_DIM, generator=rng)
     code = generator.layer.dynamics.start(z)
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(6):
             code = generator.vae.encode(torch.tanh(c.ALPHA_INIT * (2 * generator.vae.decode(code) - 1)))[0]
-        torch.testing.assert_close(generator.start(z), code)
+        torch.testing.assert_close(generator.start(z), code, rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- windows

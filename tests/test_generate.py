@@ -230,6 +230,7 @@ def test_a_short_clip_repeats_its_oldest_frame(clips_run, tmp_path):
     (["--clip", "{tmp}/none"], "no such file"), (["--clip", "{tmp}/none.mp4"], "no such file"),
     (["--clip", "{tmp}/empty"], "no images in it"), (["--clip", "{photo}"], "no clip: must be a folder of frames"),
     (["--clip", "{tmp}/empty", "--photos", "{photo}"], "must be one of them"),
+    (["--grid", "1x2", "--photos", "{photo}", "{photo}", "{photo}"], "3 starts for 2 videos"),
     (["--grid", "0x3"], "columns x rows, such as 4x3"), (["--motion-seed", "-1"], "--motion-seed -1 is invalid")])
 def test_a_roll_without_a_start_is_one_line(clips_run, photos, tmp_path, capsys, flags, words):
     (tmp_path / "empty").mkdir()

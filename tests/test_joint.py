@@ -122,7 +122,7 @@ def test_videos_are_those_of_a_frame_by_frame_roll(start, monkeypatch, prefix):
 
         window = Window(batch.free[one], batch.v[one], batch.free_anchor[one])
         if batch.is_noise[i]:
-            window = Window.still(generator.start(batch.z[one]), batch.v[one], PAST)
+            window = Window.still(generator.start(batch.z[one], 2), batch.v[one], PAST)
         first, codes = window.codes[:, 0], list(window.codes[0].flip(0))
         for number in range(1, prefix + 4):
             z = layer.next_code(window)
