@@ -143,7 +143,8 @@ def load(file: str | Path, device="cpu") -> dict:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file}: no such file") from None
     except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: depends on the damage
-        raise DamagedCheckpoint(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
+        raise DamagedCheckpoint(f"{file}: not a checkpoint or weights file of this project, or damaged "
+                                f"({type(error).__name__})") from None
     if damaged:
         raise DamagedCheckpoint(f"{file}: damaged (the checksum of {damaged!a} is wrong)")
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):

@@ -113,7 +113,7 @@ def find_files(root: PathLike, leave_out: PathLike | None = None, videos: bool =
     nothing like an image.
     """
     if not os.path.isdir(root):
-        problem = "is a file, not a folder of images" if os.path.exists(root) else "does not exist; give its new place"
+        problem = "is a file, not a folder of images" if os.path.exists(root) else "does not exist: must be a folder"
         if os.path.isfile(root) and os.fspath(root).lower().endswith(ARCHIVES):
             problem = "is an archive: unpack it, and give the folder of its images"
         raise InputError(f"{printable(root)} {problem}")

@@ -8,7 +8,7 @@ Prints Frechet distance, kernel distance (KID), precision, recall and diversity 
 network, and the sliced Wasserstein distance, which needs no weights. Compares how near generated and held-out images
 are to training images. For a run, also reconstructs images of DIR, and lists the worst reconstructions and the
 near-duplicates in latent space. Writes copies.png, worst_reconstructed.png and near_duplicates.png to RUN/evaluation.
-For a run on clips, scores frame 24 of videos from noise, and the videos themselves: predictions, speed and drift, the
+For a run on clips, scores frame 16 of videos from noise, and the videos themselves: predictions, speed and drift, the
 order of frames, a Frechet distance of motion, flicker, and copies of clips (nearest_clips.png). docs/video.md has each.
 Scores depend on the number of images: compare only those with the same --count, image size and extractor.
 
