@@ -42,6 +42,7 @@ LIMITS = {
     "BETA_1": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "BETA_2": (lambda v: 0 <= v < 1, "0 or more, below 1"),
     "SEED": (lambda v: 0 <= v < 2 ** 63, "0 to 2^63 - 1"),
+    "FEEDBACK": (lambda v: 0 <= v <= 1, "0 to 1"),
     "COLD_SHARE": (lambda v: 0 < v <= 1, "above 0, at most 1"),
     "EVALUATE_COUNT": (lambda v: v >= 4, "4 or more"),
     "RUN": (lambda v: re.fullmatch(r"(?!\.)[^/\\\0]*", v) is not None and len(os.fsencode(v)) <= RUN_BYTES,

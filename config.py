@@ -57,6 +57,7 @@ MOTION_DIM = 6              # length of the motion code v: what a still start do
 MOTION_BATCH = 16           # windows of NUM_FRAMES - 1 frames per update of stage 2, over all processes, even
 MOTION_LEARNING_RATE = 1e-3    # Adam's learning rate in stage 2; it falls from the middle of the stage on
 COLD_SHARE = 0.4            # share of the windows that start still, as generated videos do: copies of one frame
+FEEDBACK = 0.2              # share of the way that the code of each frame of a video moves to that of its image: keeps objects whole; 0: off, details and colours last longer
 LAMBDA_CODE = 10.0          # weight of the mean absolute error of predicted codes
 LAMBDA_FRAME = 50.0         # weight of the mean absolute error of a rendered frame, larger where it moves
 LAMBDA_MOTION = 0.02        # weight of the KL divergence of v, of still starts

@@ -187,14 +187,14 @@ def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
 
 def unrolled(generator: Generator, window: Window, count: int, frozen: bool = False, fed_back_every: int = 0) -> Tensor:
     """Returns the next `count` codes, (B, count, LATENT_DIM). frozen: the window holds copies of its newest code only.
-    fed_back_every n: each n-th code moves as far to that of its image as with Generator.FEEDBACK in n frames."""
+    fed_back_every n: each n-th code moves as far to that of its image as with FEEDBACK in n frames."""
     codes = [window.codes[:, :0]]                # (B, 0, LATENT_DIM)
     for _ in range(count):
         if frozen:
             window = window._replace(codes=window.codes[:, :1].expand_as(window.codes))
         z = generator.layer.next_code(window)
         if fed_back_every and len(codes) % fed_back_every == 0:
-            z = generator.towards_image(z, 1 - (1 - generator.FEEDBACK) ** fed_back_every)
+            z = generator.towards_image(z, 1 - (1 - generator.feedback) ** fed_back_every)
         window = window.followed_by(z)
         codes.append(z[:, None])
     return torch.cat(codes, dim=1)

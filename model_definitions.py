@@ -649,11 +649,11 @@ class Generator(nn.Module):
     """
 
     ROUND_TRIPS = 6     # times that a code from the Gaussian is decoded and encoded before a video starts there
-    FEEDBACK = 0.2      # share of the way that the code of each frame moves to that of its image
 
-    def __init__(self, vae: VAE, layer: TransformerParamTanh):
+    def __init__(self, vae: VAE, layer: TransformerParamTanh, feedback: float = 0.2):
         super().__init__()
         self.vae, self.layer = vae, layer
+        self.feedback = feedback    # share of the way that the code of each frame of a video moves to that of its image
 
     @classmethod
     def from_file(cls, path: str | Path, device="cpu") -> "Generator":
@@ -718,7 +718,7 @@ class Generator(nn.Module):
         z = self.layer.next_code(window)
         image, _ = self.image_and_alpha(z, earlier, window=window)
         earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
-        z = z + self.FEEDBACK * (self.vae.encode(image)[0] - z)
+        z = z + self.feedback * (self.vae.encode(image)[0] - z)
         return image, window.followed_by(z), earlier
 
 
@@ -735,7 +735,7 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
         alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
         recompute=c.RECOMPUTE_ACTIVATIONS, latent_dim=c.LATENT_DIM,
         motion_dim=c.MOTION_DIM if c.FOLDERS == "clips" else 0)
-    return Generator(vae, layer), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+    return Generator(vae, layer, c.FEEDBACK), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 
 def build_pair_critics(c: SimpleNamespace) -> nn.ModuleDict | None:

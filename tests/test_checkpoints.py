@@ -56,9 +56,9 @@ def test_a_damaged_or_foreign_file_is_named_and_the_older_one_used(tmp_path, dam
     assert len(warnings) == 1 and "step_00000002.pt" in warnings[0] and "\n" not in warnings[0]
 
 
-def test_a_constant_that_an_older_file_lacks_gets_the_value_that_rebuilds_its_networks(tmp_path):
+def test_a_constant_that_an_older_file_lacks_gets_a_value_that_suits_its_networks(tmp_path):
     older = {"RECOMPUTE_ACTIVATIONS": False, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False, "FOLDERS": "ignore",
-             "CLIP_STRIDE": 1, "MOTION_DIM": 6}
+             "CLIP_STRIDE": 1, "MOTION_DIM": 6, "FEEDBACK": 0.2}
     checkpoints.save(tmp_path, state(), 1)
     assert checkpoints.newest(tmp_path)[1]["constants"] == {"FINAL_WIDTH": 0, **older}
     checkpoints.save(tmp_path, {**state(), "constants": {"FINAL_WIDTH": 12}}, 2)

@@ -86,19 +86,20 @@ def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
     assert still.codes.shape == (2, PAST, c.LATENT_DIM) and (still.codes == z[:, None]).all()
 
 
-def test_a_roll_feeds_its_images_and_codes_back(start, rng):
-    state, c, _ = start()
+@pytest.mark.parametrize("share", [0.2, 0])
+def test_a_roll_feeds_its_images_and_codes_back(start, rng, share):
+    state, c, _ = start("--feedback", str(share))
     generator, window = state.generator, window_of(c, rng)
     with torch.no_grad():
         (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window), range(2)))
         earlier = torch.cat([(1 + generator(code)) / 2 for code in window.codes.unbind(1)], 1)
         predicted = generator.layer.next_code(window)
         assert torch.equal(image, generator(predicted, earlier, window=window))
-        torch.testing.assert_close(z, 0.8 * predicted + 0.2 * generator.vae.encode(image)[0])
+        torch.testing.assert_close(z, (1 - share) * predicted + share * generator.vae.encode(image)[0])
         after = window.followed_by(z)
         predicted = generator.layer.next_code(after)
         assert torch.equal(second, generator(predicted, torch.cat([(1 + image) / 2, earlier[:, :6]], 1), window=after))
-        torch.testing.assert_close(z_second, 0.8 * predicted + 0.2 * generator.vae.encode(second)[0])
+        torch.testing.assert_close(z_second, (1 - share) * predicted + share * generator.vae.encode(second)[0])
 
 
 def test_a_roll_from_a_still_window_begins_with_copies_of_its_image(start, rng):
