@@ -76,6 +76,16 @@ def test_files_from_before_the_fitted_buffers_load_as_models_that_start_from_noi
     assert torch.equal(generator.start(z), z) and not torch.equal(state.ema.start(z), z)
 
 
+def test_a_loaded_generator_starts_videos_as_the_saved_one(start, rng):
+    state, c, _ = start()
+    generator, _ = model_definitions.build(c)
+    generator.load_state_dict(state.ema.state_dict())
+    z = torch.randn(2, c.LATENT_DIM, generator=rng)
+    with torch.no_grad():
+        torch.testing.assert_close(generator.start(z), state.ema.start(z), rtol=1e-2, atol=1e-2)
+        assert not torch.allclose(generator.start(z), generator.layer.dynamics.start(z), rtol=1e-2, atol=1e-2)
+
+
 def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
     _, c, _ = start()
     window, z = window_of(c, rng), torch.randn(2, c.LATENT_DIM, generator=rng)
