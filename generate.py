@@ -295,7 +295,7 @@ def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) ->
         if flags.photos:
             z = latent_space.encode(generator.vae, read_photos(flags.photos, c)[1])
             if len(z) > cells:
-                raise InputError(f"--photos gives {len(z)} starts for {cells} videos: --grid must have at least as many places")
+                raise InputError(f"--photos gives {len(z)} starts for {cells} videos: must fit into --grid")
             z = z[torch.arange(cells) % len(z)]
         window = Window.still(z, v, past)
     count = max(2, round(flags.seconds * flags.fps))
