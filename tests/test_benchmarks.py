@@ -175,7 +175,7 @@ def test_stages_compares_the_steps_of_all_stages(start):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
     assert [row[0] for row in rows] == [
         "still images", "stage 1", *(f"stage 2, {count} frames unrolled" for count in (1, 4, 14)),
-        *(f"stage 3, prefix of {prefix}" for prefix in (0, 8, 24, 64))]
+        *(f"stage 3, prefix of {prefix}" for prefix in (0, 4, 8, 16))]
     assert rows[0][2] == "1.00 (1.00 to 1.00)" and all(float(row[1]) > 0 for row in rows)
 
 
