@@ -526,7 +526,7 @@ class TransformerParamTanh(nn.Module):
     image_size and patch in pixels; shift as a share of image_size; brightness and noise in the range of x.
 
     With motion_dim, for models of clips, the same Transformer also reads a Window, and `next_code` predicts the code of
-    the next frame: z_t = z_{t-1} + Delta. Code tokens attend only to each other, so that the codes of a video need no
+    the next frame: z_t = z_{t-1} + Delta. Code tokens attend only to each other, so that predicted codes need no
     rendering; the patch tokens of a rendered frame attend to everything.
     """
 
@@ -685,7 +685,10 @@ class Generator(nn.Module):
     def towards_image(self, code: Tensor, share: float) -> Tensor:
         """Returns codes (B, LATENT_DIM) that are moved by this share of the way to the codes of their images, as the
         layer would show them with ALPHA_INIT."""
-        image = 2 * self.layer.displayed(self.vae.decode(code)) - 1
+        return self.towards(code, 2 * self.layer.displayed(self.vae.decode(code)) - 1, share)
+
+    def towards(self, code: Tensor, image: Tensor, share: float) -> Tensor:
+        """Returns codes (B, LATENT_DIM) that are moved by this share of the way to those of images in [-1, 1]."""
         return code + share * (self.vae.encode(image)[0] - code)
 
     def sample(self, z: Tensor) -> Tensor:
@@ -718,8 +721,7 @@ class Generator(nn.Module):
         z = self.layer.next_code(window)
         image, _ = self.image_and_alpha(z, earlier, window=window)
         earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
-        z = z + self.feedback * (self.vae.encode(image)[0] - z)
-        return image, window.followed_by(z), earlier
+        return image, window.followed_by(self.towards(z, image, self.feedback)), earlier
 
 
 def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = TransformerParamTanh
