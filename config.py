@@ -24,7 +24,8 @@ NUM_WORKERS = -1            # processes that decode images at the first start; -
 HELD_OUT_SHARE = 0.02       # share of the images that are never trained on, to measure reconstructions and overfitting; 0: none. Sets below 3,200 images hold out 5% or about 16, those below 80 none
 
 # ------------------------------------------------------------------------------------- networks
-LATENT_DIM = 128            # length of the noise vector z
+LATENT_DIM = 128            # length of the noise vector z and of the codes
+PRIOR_WIDTH = 384           # units per layer of the network that turns noise into codes
 WIDTH = 24                  # channels of the decoder's last and the critic's first block, doubled per block; 32: steps take 1.5 times as long
 ENCODER_WIDTH = 16          # the same for the encoder; wider gained nothing in equal time, see docs/recipe.md
 WIDTH_MAX = 256             # largest number of channels

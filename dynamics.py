@@ -1,4 +1,5 @@
 """Stage 2 of a run on clips: the VAE is frozen, and the Transformer learns to predict the code of the next frame.
+The prior goes on learning.
 
 A window of earlier codes is unrolled: each predicted code becomes the newest of the next window. Every random draw is
 keyed and made for the whole batch of MOTION_BATCH windows, as in training_step.py.
@@ -47,10 +48,12 @@ def learning_rate(state, c) -> float:
 
 
 def begin(state, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor] | None = None) -> None:
-    """Starts stage 2: the VAE takes its averaged weights, and its encoder will not change any more. All frames are
-    encoded, unless their codes are given, and the buffers of Dynamics are found."""
+    """Starts stage 2, or continues it after a resume: the VAE takes its averaged weights, and its encoder will not
+    change any more. All frames are encoded, unless their codes are given, and the buffers of Dynamics are found."""
+    if state.counters["stage"] < 2:
+        state.generator.vae.load_state_dict(state.ema.vae.state_dict())
+        state.generator.prior.load_state_dict(state.ema.prior.state_dict())
     state.counters["stage"] = 2
-    state.generator.vae.load_state_dict(state.ema.vae.state_dict())
     state.graphs.clear()                             # those of stage 1 are not needed any more
     state.codes = mu, _ = codes or encode_frames(state.generator.vae, image_set, state.device, c.FLIP)
     parts = (mu[row:row + len(image_set.images)].split(np.diff(image_set.clip_offsets).tolist())
@@ -113,9 +116,11 @@ class MotionBatch(NamedTuple):
     picked: Tensor          # (R,) int64: which of the K frames is rendered, of every RENDERED_EVERY-th window
     frame: Tensor           # (R, C, H, W) in [-1, 1]: that frame
     earlier: Tensor         # (R, P*C, H, W) in [0, 1]: the frames before it, newest first
+    prior_noise: Tensor     # (B, PRIOR_DRAWS, LATENT_DIM), as in training_step.Batch
+    prior_t: Tensor         # (B, PRIOR_DRAWS)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.windows, self.picked, self.frame, self.earlier]
+        return [*self.windows, *self[1:]]
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -180,7 +185,8 @@ def draw_batch(state, c, image_set: data.ImageSet) -> MotionBatch:
     rows = torch.cat([shown[:, None], places.before(shown, c.NUM_FRAMES - 1)], dim=1)[every]            # (R, 1 + P)
     images = read_frames(image_set, rows, places.mirror[every], state.device)
     return MotionBatch(windows, training_step.to_device((shown - places.first)[every], state.device), images[:, 0],
-                       (1 + images[:, 1:].flatten(1, 2)) / 2)
+                       (1 + images[:, 1:].flatten(1, 2)) / 2,
+                       *training_step.draw_for_prior(state, c, c.MOTION_BATCH, 0))
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -215,7 +221,7 @@ def code_error(codes: Tensor, windows: Windows) -> Tensor:
 
 def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     """L = LAMBDA_CODE * |z_t - mu(x_t)|, over the unrolled frames, + LAMBDA_FRAME * (error of one rendered frame)
-    + LAMBDA_MOTION * KL(q(v) || N(0, I)), as one term with values to log."""
+    + LAMBDA_MOTION * KL(q(v) || N(0, I)) + (loss of the prior), as one term with values to log."""
     known = batch.windows
     v, kl = motion_codes(state.generator.layer.dynamics, c, known)
     codes = unrolled(state.generator, Window(known.codes, v, known.anchor), known.targets.shape[1])
@@ -228,12 +234,13 @@ def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     window = Window(past[row[:, None], before], v[every], known.anchor[every])
     image, _ = state.generator.image_and_alpha(past[row, place + known.codes.shape[1]], batch.earlier, window=window)
     frame_error = losses.motion_weighted_error(image, batch.frame, batch.earlier * 2 - 1)
-    yield (c.LAMBDA_CODE * error + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * kl,
-           {"code_error": error, "frame_error": frame_error, "motion_kl": kl})
+    prior = training_step.prior_loss(state.generator, known.codes[:, 0], batch.prior_noise, batch.prior_t)
+    yield (c.LAMBDA_CODE * error + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * kl + prior,
+           {"code_error": error, "frame_error": frame_error, "motion_kl": kl, "prior_error": prior})
 
 
 def update_motion(state, c, batches: list[MotionBatch]) -> dict[str, Tensor]:
-    """One update of TransformerParamTanh. Returns its scalars."""
+    """One update of TransformerParamTanh and the prior. Returns its scalars."""
     with update.frozen(state.generator.vae):
         return update.descend(state, c, "motion", motion_terms, batches)
 

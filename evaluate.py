@@ -310,7 +310,7 @@ def encode_and_reconstruct(generator: Generator, pixels: Tensor) -> tuple[Tensor
     """uint8 (N, C, H, W) -> mu (N, LATENT_DIM) and the reconstruction from it, uint8, both on the CPU."""
     device = next(generator.parameters()).device
     mu, _ = generator.vae.encode(data.to_image(pixels.to(device)))
-    return mu.float().cpu(), data.to_uint8(generator(mu)).cpu()
+    return mu.float().cpu(), data.to_uint8(generator.render(mu)).cpu()
 
 
 def reconstruct_folder(generator: Generator, image_set: ImageSet, count: int) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -415,7 +415,7 @@ def start(argv: Sequence[str] | None) -> None:
         made = generate(generator, c.LATENT_DIM + c.MOTION_DIM, len(real), arguments.seed,
                         image_of=functools.partial(rollouts.late_frames, generator, c))
     elif generator:
-        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed, image_of=generator.sample)
+        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed)
     print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
     print_count_warning(min(len(made), len(real)))
     print_scores(scores(made, real, extractor, real_features), extractor)

@@ -48,6 +48,7 @@ from command_line import InputError, positive
 from model_definitions import Generator, Window, learned_motion, load_generator
 
 BATCH = 16                                        # images per pass through the generator
+CODES = 256                                       # codes per pass through the prior
 GRID_LIMIT = 256                                  # images on a sheet at most
 WAITING_LIMIT = 64                                # images that wait to be written at most
 STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)          # along a principal axis, in standard deviations of encoded images
@@ -64,10 +65,10 @@ def on_device(generator: Generator, z: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def render(generator: Generator, z: Tensor) -> Iterator[np.ndarray]:
-    """Yields the image of each z (N, LATENT_DIM), uint8 (H, W, C)."""
-    for part in z.split(BATCH):
-        yield from data.to_arrays(generator(on_device(generator, part)))
+def render(generator: Generator, codes: Tensor) -> Iterator[np.ndarray]:
+    """Yields the image of each code (N, LATENT_DIM), uint8 (H, W, C)."""
+    for part in codes.split(BATCH):
+        yield from data.to_arrays(generator.render(on_device(generator, part)))
 
 
 class Motion:
@@ -114,9 +115,15 @@ def bar(iterable: Iterable, total: int, unit: str) -> Iterable:
     return tqdm(iterable, total=total, unit=unit, delay=1, disable=not sys.stderr.isatty())
 
 
+@torch.inference_mode()
+def codes_of(generator: Generator, z: Tensor) -> Tensor:
+    """Returns the codes of noise z (N, LATENT_DIM), on the CPU."""
+    return torch.cat([generator.start(on_device(generator, part)).cpu() for part in z.split(CODES)])
+
+
 def draw_codes(generator: Generator, seed: int, count: int) -> Tensor:
     """Returns the codes of images 0, 1, ... of a seed, (count, LATENT_DIM) on the CPU."""
-    return generator.start(on_device(generator, latent_space.draw_z(seed, 0, count, generator.vae.latent_dim))).cpu()
+    return codes_of(generator, latent_space.draw_z(seed, 0, count, generator.vae.latent_dim))
 
 
 # ------------------------------------------------------------------------------------- images and photos
@@ -265,16 +272,16 @@ def make_video(generator: Generator, c: SimpleNamespace, flags: Namespace) -> No
 
 def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:
     """--mode walk, keyframes: a path in latent space."""
+    count = max(2, round(flags.seconds * flags.fps))
     if flags.mode == "keyframes":
         _, photos = read_photos(flags.photos, c)
         if len(photos) < 2:
             raise InputError(f"--mode keyframes got {len(photos)} photo: must be two or more")
-        keyframes = latent_space.encode(generator.vae, photos)
-    else:
-        keyframes = draw_codes(generator, flags.seed, flags.keyframes)
-    count = max(2, round(flags.seconds * flags.fps))
-    z = latent_space.walk(keyframes, count, flags.loop)
-    return (pictures.grid([image]) for image in render(generator, z)), count
+        codes = latent_space.walk(latent_space.encode(generator.vae, photos), count, flags.loop)
+    else:                                 # the way leads through noise, so that every frame is an image from noise
+        keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, generator.vae.latent_dim)
+        codes = codes_of(generator, latent_space.walk(keyframes, count, flags.loop))
+    return (pictures.grid([image]) for image in render(generator, codes)), count
 
 
 def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[Iterator[np.ndarray], int]:

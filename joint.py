@@ -26,7 +26,6 @@ from training_step import to_device
 
 PREFIXES = (0, 4, 8, 16)       # frames that free videos run before those with gradient; one of them per step
 FED_BACK_EVERY = 8             # of these, as generated videos feed every image back: rendering all would take too long
-ROUND_TRIPS = 2                # of the codes of noise: fewer than in generated videos, which takes less time
 UNROLLED = 3                   # predicted frames with gradient
 CLIP_STARTS = 0.5              # share of the free videos that start from the window of a clip
 DECODED_EVERY = 4              # of the images of a free video that the Transformer reads
@@ -175,7 +174,7 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     v, kl = dynamics.motion_codes(generator.layer.dynamics, c, known)
     is_noise = batch.is_noise[:, None]
     with torch.no_grad():
-        z = generator.start(batch.z, ROUND_TRIPS)
+        z = generator.start(batch.z)
         free = Window(torch.where(is_noise[:, None], z[:, None], batch.free), batch.v,
                       torch.where(is_noise, z, batch.free_anchor))
         prefix = unrolled(generator, free, batch.prefix, fed_back_every=FED_BACK_EVERY)
@@ -194,11 +193,11 @@ def make_videos(generator: Generator, c, batch: Batch) -> Videos:
     before, last = (of_one_frame.split(half) for of_one_frame in images.chunk(2))
 
     # Images without a window: reconstructions and, without a prefix, the first images of videos from noise.
-    stills = generator(batch.code if batch.prefix else torch.cat([batch.code, free.codes[:, 0]]))
+    stills = generator.render(batch.code if batch.prefix else torch.cat([batch.code, free.codes[:, 0]]))
     frame, far = last, None
     if batch.prefix:
         with torch.no_grad():
-            anchors = generator(anchor).split(half)
+            anchors = generator.render(anchor).split(half)
         far = batch.mixed(*map(pair, anchors, last))
     else:                                        # the last frame from noise is too close to its anchor, the first
         frame = last[0], torch.where(is_noise[:, None, None], stills[half:], last[1])

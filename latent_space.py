@@ -1,7 +1,7 @@
-"""Points, paths and directions in latent space.
+"""Points, paths and directions in latent space: of noise z, and of the codes that the prior makes from it.
 
-z ~ N(0, I) lies near a sphere of radius sqrt(LATENT_DIM), and so does every point that the decoder was trained on. A
-straight line between two points would leave that sphere; paths here interpolate direction and norm separately.
+Noise lies near a sphere of radius sqrt(LATENT_DIM). A straight line between two points would leave that sphere; paths
+here interpolate direction and norm separately. Directions are those of codes.
 """
 
 import sys

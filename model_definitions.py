@@ -1,4 +1,4 @@
-"""The networks: VAE, Discriminator, TransformerParamTanh, and Generator, which combines VAE and layer.
+"""The networks: VAE, Prior, Discriminator, TransformerParamTanh, and Generator, which combines all but the critic.
 
 Two value ranges: `x`, in [0, 1], is the output of the decoder's Sigmoid; `image`, in [-1, 1], is
 tanh(alpha * (2x - 1)). Real images, critic inputs and encoder inputs are images in [-1, 1].
@@ -276,6 +276,49 @@ class VAE(nn.Module):
         return self.decode(self.reparameterize(mu, logvar, noise)), mu, logvar
 
 
+# ------------------------------------------------------------------------------------- prior
+
+class Prior(nn.Module):
+    """Turns noise into codes as the encoder finds them: z (B, LATENT_DIM) from N(0, I) -> code (B, LATENT_DIM).
+
+    Codes of images fill only a part of N(0, I), and what the decoder makes of the rest looks worse (Dai and Wipf 2019,
+    "Diagnosing and Enhancing VAE Models"). This flow leads there: it follows dx/dt = velocity(x, t) from x = z at
+    t = 0 to t = 1, and learns by losses.flow_matching_loss (Lipman et al. 2023). It starts as the identity.
+    """
+
+    BLOCKS = 3
+    STEPS = 8           # of Heun's method, from z to the code
+    FREQUENCIES = 16    # of the sines and cosines that stand for t
+
+    def __init__(self, latent_dim: int, width: int):
+        super().__init__()
+        self.to_hidden = nn.Linear(latent_dim + 2 * self.FREQUENCIES, width)
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(self.BLOCKS))
+        self.to_velocity = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latent_dim))
+        nn.init.zeros_(self.to_velocity[1].weight)
+        nn.init.zeros_(self.to_velocity[1].bias)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (N, LATENT_DIM), t (N,) in [0, 1] -> dx/dt (N, LATENT_DIM)."""
+        with full_precision(x):
+            angles = t[:, None] * (math.pi / 2 * torch.arange(1, 1 + self.FREQUENCIES, device=t.device))
+            hidden = self.to_hidden(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+            for block in self.blocks:
+                hidden = hidden + block(hidden)
+            return self.to_velocity(hidden)
+
+    def forward(self, z):
+        step = 1 / self.STEPS
+        for i in range(self.STEPS):
+            t = torch.full_like(z[:, 0], i * step)
+            before = self.velocity(z, t)
+            after = self.velocity(z + step * before, t + step)
+            z = z + step / 2 * (before + after)
+        return z
+
+
 # ------------------------------------------------------------------------------------- critic
 
 class Discriminator(nn.Module):
@@ -428,8 +471,8 @@ class Dynamics(nn.Module):
     posterior, which only training uses. frames: P; dim: of a token.
 
     Stage 2 finds its buffers in the data. `change`: the unit of differences between codes, their standard deviation
-    from frame to frame. start_mean and start_root: of the Gaussian of all codes, which videos start from. `whiten`: of
-    the difference between two codes of one clip; it makes its covariance I. docs/video.md has the gains.
+    from frame to frame. `whiten`: of the difference between two codes of one clip; it makes its covariance I.
+    docs/video.md has the gains.
     """
 
     HIDDEN = 256
@@ -443,8 +486,6 @@ class Dynamics(nn.Module):
         self.of_code, self.of_change = nn.Linear(latent_dim, dim), nn.Linear(latent_dim, dim)
         self.of_v = nn.Linear(motion_dim, dim)
         self.register_buffer("change", torch.ones(latent_dim))
-        self.register_buffer("start_mean", torch.zeros(latent_dim))
-        self.register_buffer("start_root", torch.eye(latent_dim))
         self.register_buffer("whiten", torch.eye(latent_dim))
         self.positions = nn.Parameter(0.3 * torch.randn(1, frames, dim))
         self.to_hidden = nn.Linear(frames * dim + 3 * latent_dim + motion_dim, self.HIDDEN)
@@ -452,32 +493,15 @@ class Dynamics(nn.Module):
         nn.init.zeros_(self.to_delta.weight)
         nn.init.zeros_(self.to_delta.bias)
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
-        self.is_fitted = False
-
-    def _load_from_state_dict(self, state_dict, prefix, *others):
-        for name in ("start_mean", "start_root", "whiten"):    # older files lack them: their videos start from N(0, I)
-            state_dict.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state_dict, prefix, *others)
-        self.is_fitted = bool(self.start_mean.any())
 
     def fit(self, clips: Sequence[Tensor]) -> None:
         """Sets the buffers from the codes of clips, each (T, LATENT_DIM)."""
         clips = [codes.cpu().double() for codes in clips]             # MPS has no float64
-        codes, changes, centred = (torch.cat(parts) for parts in zip(*(
-            (codes, codes.diff(dim=0), codes - codes.mean(0)) for codes in clips)))
-
-        def root(covariance, least=self.SMALLEST):
-            return torch.linalg.cholesky(covariance + least ** 2 * torch.eye(len(covariance)))
-
-        self.start_mean.copy_(codes.mean(0))
-        self.start_root.copy_(root(torch.cov(codes.T)))
+        changes, centred = (torch.cat(parts) for parts in zip(*(
+            (codes.diff(dim=0), codes - codes.mean(0)) for codes in clips)))
+        covariance = 2 * centred.T @ centred / len(centred) + self.STILL ** 2 * torch.eye(centred.shape[1])
         self.change.copy_(changes.square().mean(0).sqrt().clamp_min(self.SMALLEST))
-        self.whiten.copy_(torch.linalg.inv(root(2 * centred.T @ centred / len(centred), self.STILL)))
-        self.is_fitted = True
-
-    def start(self, z: Tensor) -> Tensor:
-        """z (B, LATENT_DIM) from N(0, I) -> codes from the Gaussian of all codes."""
-        return self.start_mean + z @ self.start_root.T
+        self.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
 
     def tokens(self, window: Window) -> Tensor:
         """Returns one token per earlier frame, and that of v: (B, P + 1, D)."""
@@ -639,20 +663,22 @@ class TransformerParamTanh(nn.Module):
 # ------------------------------------------------------------------------------------- generator
 
 class Generator(nn.Module):
-    """VAE and TransformerParamTanh, the only place that combines them: z -> image, image -> reconstruction.
+    """VAE, Prior and TransformerParamTanh, the only place that combines them.
+
+        noise z -> Prior -> code -> decoder, layer -> image -> encoder -> code
 
         generator = Generator.from_file("pretrained/avatars64.pt")
         image = generator(torch.randn(16, generator.vae.latent_dim))      # (16, 3, 64, 64) in [-1, 1]
 
-    In a video, encoder and decoder keep the codes where those of real images are: a code from the Gaussian of all codes
-    often shows two owls or none, and predicted codes slowly leave the known ones. docs/video.md has the gains.
+    prior: None in older models, whose codes are the noise itself.
+
+    In a video, the encoder keeps the codes where those of real images are: predicted codes slowly leave them.
+    docs/video.md has the gain.
     """
 
-    ROUND_TRIPS = 6     # times that a code from the Gaussian is decoded and encoded before a video starts there
-
-    def __init__(self, vae: VAE, layer: TransformerParamTanh, feedback: float = 0.2):
+    def __init__(self, vae: VAE, layer: TransformerParamTanh, prior: Prior | None = None, feedback: float = 0.2):
         super().__init__()
-        self.vae, self.layer = vae, layer
+        self.vae, self.layer, self.prior = vae, layer, prior
         self.feedback = feedback    # share of the way that the code of each frame of a video moves to that of its image
 
     @classmethod
@@ -660,27 +686,26 @@ class Generator(nn.Module):
         """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
         return load_generator(path, device)[0]
 
-    def image_and_alpha(self, z: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
+    def image_and_alpha(self, code: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
                         window: Window | None = None) -> tuple[Tensor, Tensor]:
-        """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1] and its alpha, (B, 1, H, W), or (B, C, H, W) per channel.
-        earlier, changes and window as in TransformerParamTanh."""
-        x = self.vae.decode(z)
+        """code (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1] and its alpha, (B, 1, H, W), or (B, C, H, W) per
+        channel. earlier, changes and window as in TransformerParamTanh."""
+        x = self.vae.decode(code)
         alpha = self.layer.alpha(x, earlier, changes, window)
         return self.layer.apply_alpha(x, alpha), alpha
 
-    def forward(self, z, earlier=None, changes=None, window=None):
-        """z (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]."""
-        return self.image_and_alpha(z, earlier, changes, window)[0]
+    def forward(self, z):
+        """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]."""
+        return self.render(self.start(z))
 
-    def start(self, z: Tensor, round_trips: int = ROUND_TRIPS) -> Tensor:
-        """Returns the codes (B, LATENT_DIM) of the images that z (B, LATENT_DIM) from N(0, I) stands for: z itself, or
-        in a model that has learned motion Dynamics.start(z), decoded and encoded `round_trips` times."""
-        if self.layer.dynamics is None or not self.layer.dynamics.is_fitted:
-            return z
-        code = self.layer.dynamics.start(z)
-        for _ in range(round_trips):
-            code = self.towards_image(code, 1)
-        return code
+    def start(self, z: Tensor) -> Tensor:
+        """z (B, LATENT_DIM) from N(0, I) -> code (B, LATENT_DIM) of an image, or of the first frame of a video."""
+        return z if self.prior is None else self.prior(z)
+
+    def render(self, code: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
+               window: Window | None = None) -> Tensor:
+        """code (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]. Other arguments as in TransformerParamTanh."""
+        return self.image_and_alpha(code, earlier, changes, window)[0]
 
     def towards_image(self, code: Tensor, share: float) -> Tensor:
         """Returns codes (B, LATENT_DIM) that are moved by this share of the way to the codes of their images, as the
@@ -691,17 +716,13 @@ class Generator(nn.Module):
         """Returns codes (B, LATENT_DIM) that are moved by this share of the way to those of images in [-1, 1]."""
         return code + share * (self.vae.encode(image)[0] - code)
 
-    def sample(self, z: Tensor) -> Tensor:
-        """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]."""
-        return self(self.start(z))
-
     def reconstruct(self, image: Tensor) -> Tensor:
         """image in [-1, 1] -> its reconstruction from mu, in [-1, 1]."""
-        return self(self.vae.encode(image)[0])
+        return self.render(self.vae.encode(image)[0])
 
-    def frames(self, z: Tensor, changes: Changes | None = None) -> Tensor:
-        """z (B, LATENT_DIM) -> the synthetic video that the Transformer reads, (B, T*C, H, W), near [0, 1]."""
-        return self.layer.frames(self.vae.decode(z), changes=changes)
+    def frames(self, code: Tensor, changes: Changes | None = None) -> Tensor:
+        """code (B, LATENT_DIM) -> the synthetic video that the Transformer reads, (B, T*C, H, W), near [0, 1]."""
+        return self.layer.frames(self.vae.decode(code), changes=changes)
 
     def roll(self, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
@@ -709,7 +730,7 @@ class Generator(nn.Module):
         start those of the window's codes: the feedback loop, closed in time."""
         is_still = torch.equal(window.codes, window.codes[:, :1].expand_as(window.codes))
         codes = window.codes[:, :1 if is_still else None].unbind(1)
-        earlier = torch.cat([(1 + self(code)) / 2 for code in codes], dim=1)
+        earlier = torch.cat([(1 + self.render(code)) / 2 for code in codes], dim=1)
         earlier = earlier.repeat(1, window.codes.shape[1] // len(codes), 1, 1)
         while True:
             image, window, earlier = self.next_frame(window, earlier)
@@ -737,7 +758,8 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
         alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
         recompute=c.RECOMPUTE_ACTIVATIONS, latent_dim=c.LATENT_DIM,
         motion_dim=c.MOTION_DIM if c.FOLDERS == "clips" else 0)
-    return Generator(vae, layer, c.FEEDBACK), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
+    prior = Prior(c.LATENT_DIM, c.PRIOR_WIDTH) if c.PRIOR_WIDTH else None
+    return Generator(vae, layer, prior, c.FEEDBACK), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 
 def build_pair_critics(c: SimpleNamespace) -> nn.ModuleDict | None:

@@ -65,7 +65,7 @@ def window_of_noise(generator: Generator, c: SimpleNamespace, noise: Tensor) -> 
 
 def rendered(generator: Generator, z: Tensor) -> Tensor:
     """Returns the image of each code (N, LATENT_DIM) on its own, (N, C, H, W) in [-1, 1]."""
-    return torch.cat([generator(part) for part in z.split(CHUNK)])
+    return torch.cat([generator.render(part) for part in z.split(CHUNK)])
 
 
 # ------------------------------------------------------------------------------------- measuring

@@ -81,8 +81,11 @@ HEALTHY = (
           "LAMBDA_KL.", (10, 1000), 200, bar="KL"),
     Value("posterior_variance", "Posterior variance",
           "Mean of mu^2 + sigma^2. Near 1 encoded images and noise cover the same part of the latent space; long runs "
-          "settle near 0.4. Far above 3 the encoder has left the prior, and reconstructions say nothing about samples.",
+          "settle near 0.4. Far above 3 the encoder has left N(0, I).",
           (0.2, 3), 200),
+    Value("prior_error", "Error of the prior",
+          "Flow matching loss of the network that turns noise into codes: mean squared error of its velocity.",
+          (0.05, 2), 200, "falling", "prior"),
     Value("alpha_mean", "Alpha",
           "The factor in the last tanh: mean over a batch. Starts at ALPHA_INIT and stays between ALPHA_INIT / "
           "ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN; with the defaults 1.6 to 2.6 after some hundred steps.",
@@ -94,8 +97,8 @@ HEALTHY = (
     Value("alpha_spread", "Alpha within an image",
           "Standard deviation of alpha over the pixels of an image. At 0 all pixels have the same alpha."),
     Value("picture_spread", "Image spread",
-          "Standard deviation of generated images over a batch, divided by that of real images. Near 0 all generated "
-          "images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
+          "Standard deviation of the images that the critic judges over a batch, divided by that of real images. Near "
+          "0 all generated images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
           advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
                  "--learning-rate, a new run with another --seed, or look at the images in DATA"),
     Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion, 3 both; else 1."),
@@ -233,7 +236,7 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
     motion = count(layer.dynamics) if layer.dynamics else 0
     pair_critics = [("critics of pairs of frames", count(state.pair_critics))] if motion else []
     for part, parameters in (
-            ("encoder", encoder), ("decoder", count(vae) - encoder),
+            ("encoder", encoder), ("decoder", count(vae) - encoder), ("prior", count(state.generator.prior)),
             ("video and patch tokens", count(layer) - transformer - motion),
             ("Transformer and alpha head", transformer),
             *([("code tokens and Delta head", motion)] if motion else []), ("critic", count(state.critic)),
@@ -285,7 +288,8 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
     name = f"step_{state.counters['step']:08d}"
     if state.codes is None:
-        frames = state.ema.frames(z[:4].to(state.device)).chunk(c.NUM_FRAMES, dim=1)        # T of (4, C, H, W)
+        codes = state.ema.start(z[:4].to(state.device))
+        frames = state.ema.frames(codes).chunk(c.NUM_FRAMES, dim=1)                         # T of (4, C, H, W)
         video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
     else:
         videos = rollouts.videos(state.ema, c, image_set, state.codes)

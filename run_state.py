@@ -28,7 +28,7 @@ FUSED_ADAM = ("cpu", "cuda")   # devices on which fused Adam takes the finite-gr
 DECAY_END = 0.05               # share of the learning rates that is left at DECAY_TO_KIMG
 
 # Constants that determine the weights' shapes and meaning: a run cannot resume with other values.
-SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH",
+SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "PRIOR_WIDTH", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH",
          "BALANCED_UPSAMPLING", "NOISE_MAPS", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS",
          "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL", "FOLDERS", "MOTION_DIM")
 
@@ -62,9 +62,9 @@ class State:
     PARTS_OF_CLIPS = ("motion_optimizer", "pair_critics", "pair_critics_optimizer")
 
     @property
-    def motion(self) -> model_definitions.TransformerParamTanh:
-        """The network that motion_optimizer updates."""
-        return self.generator.layer
+    def motion(self) -> torch.nn.Module:
+        """The networks that motion_optimizer updates."""
+        return torch.nn.ModuleList([self.generator.layer, self.generator.prior])
 
     def parts(self) -> list[str]:
         """Returns the names of the networks and optimizers in a checkpoint."""
@@ -168,7 +168,8 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
         return torch.optim.Adam(groups, betas=(beta_1, c.BETA_2), fused=device.type in FUSED_ADAM,
                                 capturable=device.type == "cuda")
 
-    state = State(generator, critic, ema, adam([generator.vae, generator.layer], generator_rates(c)),
+    vae_and_prior = torch.nn.ModuleList([generator.vae, generator.prior])
+    state = State(generator, critic, ema, adam([vae_and_prior, generator.layer], generator_rates(c)),
                   adam([critic], [c.CRITIC_LEARNING_RATE]), device, ranks,
                   skipped=torch.zeros(2, dtype=torch.int64, device=device),
                   ema_weight=torch.ones((), dtype=torch.float64, device=device if device.type == "cuda" else "cpu"))
@@ -176,7 +177,7 @@ def new_state(c: SimpleNamespace, device: torch.device, ranks: distributed.Ranks
         state.pair_critics = pair_critics.to(device, memory_format=torch.channels_last)
         state.pair_critics_optimizer = adam([pair_critics], [c.CRITIC_LEARNING_RATE])
         # beta_1 0.9: stage 2 has no second network to overshoot.
-        state.motion_optimizer = adam([generator.layer], [c.MOTION_LEARNING_RATE], beta_1=0.9)
+        state.motion_optimizer = adam([state.motion], [c.MOTION_LEARNING_RATE], beta_1=0.9)
     return state
 
 
@@ -264,8 +265,10 @@ def mention_runs_on_the_same_images(c: SimpleNamespace, folder: Path) -> None:
 
 
 def other_sizes(c: SimpleNamespace, saved: dict) -> tuple[list[str], str]:
-    """Returns the names of SIZES that a checkpoint's constants `saved` have with other values, and these as flags."""
-    others = [name for name in SIZES if saved.get(name) != getattr(c, name)]
+    """Returns the names of SIZES that a checkpoint's constants `saved` have with other values, and these as flags. A
+    file without a prior, of an earlier version, fits any PRIOR_WIDTH."""
+    others = [name for name in SIZES if saved.get(name) != getattr(c, name)
+              and not (name == "PRIOR_WIDTH" and saved.get(name) == 0)]
     return others, " ".join(command_line.as_given(name, saved.get(name)) for name in others)
 
 
@@ -275,6 +278,9 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
     if others:
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
+    if saved["PRIOR_WIDTH"] == 0:
+        raise InputError(f"run {c.RUN} was made by an earlier version, without a prior: --run NEWNAME --init-from "
+                         f"{Path(c.RUNS_DIR) / c.RUN} starts a new run from its weights")
     for stage, name in ((2, "VAE_KIMG"), (3, "DYNAMICS_KIMG")) if saved["FOLDERS"] == "clips" else ():
         if images_seen >= 1000 * saved[name] and saved[name] != getattr(c, name):
             raise InputError(f"{command_line.flag(name)} {getattr(c, name):g} is invalid: stage {stage} of run {c.RUN} "
@@ -314,7 +320,9 @@ def load_initial_weights(state: State, file: Path, weights: dict) -> None:
     """Loads the weights of a file into a new run's networks. Raises InputError if its networks differ."""
     try:
         for part in weights:
-            getattr(state, part).load_state_dict(weights[part])
+            model = getattr(state, part)
+            new = {name: weight for name, weight in model.state_dict().items() if name.startswith("prior.")}
+            model.load_state_dict(new | weights[part])                     # files of earlier versions have no prior
     except RuntimeError as error:
         raise InputError(f"{file}: its networks differ from this version's ({str(error).splitlines()[0]}): use a file "
                          "of this version") from None

@@ -20,15 +20,16 @@ import update
 from model_definitions import Changes, Generator
 
 CLIP_SAMPLE = 6                # frames of a clip from which it is known where an image of it moves
+PRIOR_DRAWS = 8                # points on the way to each code at which the prior learns
 
 
 # ------------------------------------------------------------------------------------- batch
 
 class Generated(NamedTuple):
     """The generator's pass over a batch, for both updates."""
-    fake: Tensor                              # (B, C, H, W) in [-1, 1], from z
-    reconstruction: Tensor                    # (B, C, H, W) in [-1, 1], of the real images
-    alpha: Tensor                             # (2B, 1, H, W), of the fakes and then the reconstructions
+    fake: Tensor                              # (B, C, H, W) in [-1, 1], from the codes
+    code: Tensor                              # (B, LATENT_DIM), drawn from q(code | real)
+    alpha: Tensor                             # (B, 1, H, W)
     mu: Tensor                                # (B, LATENT_DIM)
     logvar: Tensor                            # (B, LATENT_DIM)
 
@@ -38,8 +39,9 @@ class Batch:
     """The real images of one critic update and everything that is drawn for it: this rank's slice, or a piece of it.
     The generator's update uses the batch of the last critic update."""
     real: Tensor                              # (B, C, H, W) in [-1, 1]
-    z: Tensor                                 # (B, LATENT_DIM) from N(0, I), for the fakes
-    posterior_noise: Tensor                   # (B, LATENT_DIM) from N(0, I), for the reconstructions
+    posterior_noise: Tensor                   # (B, LATENT_DIM) from N(0, I), for the codes
+    prior_noise: Tensor                       # (B, PRIOR_DRAWS, LATENT_DIM) from N(0, I), and ...
+    prior_t: Tensor                           # (B, PRIOR_DRAWS) in (0, 1): where the prior learns
     e: Tensor                                 # (B,) in [0, 1), for x_hat
     changes: Changes                          # of the synthetic video, for the whole batch
     others: Tensor | None = None              # (B, K*C, H, W) in [-1, 1]: K frames of each image's clip
@@ -52,14 +54,14 @@ class Batch:
         def part(tensor, start):
             return tensor[start:start + size]
 
-        return [Batch(part(self.real, start), part(self.z, start), part(self.posterior_noise, start),
-                      part(self.e, start), self.changes,
+        return [Batch(part(self.real, start), part(self.posterior_noise, start), part(self.prior_noise, start),
+                      part(self.prior_t, start), part(self.e, start), self.changes,
                       None if self.others is None else part(self.others, start), self.first + start)
                 for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor that is drawn."""
-        return [self.real, self.z, self.posterior_noise, self.e, *self.changes,
+        return [self.real, self.posterior_noise, self.prior_noise, self.prior_t, self.e, *self.changes,
                 *([] if self.others is None else [self.others])]
 
     @property
@@ -83,10 +85,19 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
     return Batch(read_images(image_set, rows, state.device, flips),
-                 draw(torch.randn, "z", c.BATCH_SIZE, c.LATENT_DIM),
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
+                 *draw_for_prior(state, c, c.BATCH_SIZE, critic_update),
                  draw(torch.rand, "between", c.BATCH_SIZE),
                  Changes(*(to_device(tensor, state.device) for tensor in changes)), others, mine.start)
+
+
+def draw_for_prior(state, c, count: int, critic_update: int) -> tuple[Tensor, Tensor]:
+    """Draws noise (B, PRIOR_DRAWS, LATENT_DIM) and t (B, PRIOR_DRAWS) for the prior's loss: this rank's slice of those
+    of `count` codes. t is denser in the middle of (0, 1), where the velocity is hardest to tell (Esser et al. 2024)."""
+    mine, rng = state.ranks.slice_of(count), state.rng(c, "prior", critic_update)
+    noise = torch.randn(count, PRIOR_DRAWS, c.LATENT_DIM, generator=rng)[mine]
+    t = torch.randn(count, PRIOR_DRAWS, generator=rng)[mine].sigmoid()
+    return to_device(noise, state.device), to_device(t, state.device)
 
 
 def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -133,32 +144,28 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------- generator's pass
 
 def generate(generator: Generator, batch: Batch) -> Generated:
-    """Fakes from z and reconstructions of the real images, in one pass through decoder and layer."""
+    """Fakes from codes of the real images. Images from noise come from such codes too, which the prior draws: fakes
+    from N(0, I) would train the decoder where it is not used."""
     mu, logvar = generator.vae.encode(batch.real)
-    z = torch.cat([batch.z, generator.vae.reparameterize(mu, logvar, batch.posterior_noise)])
-    image, alpha = generator.image_and_alpha(z, changes=batch.changes)
-    return Generated(*image.chunk(2), alpha, mu, logvar)
+    code = generator.vae.reparameterize(mu, logvar, batch.posterior_noise)
+    fake, alpha = generator.image_and_alpha(code, changes=batch.changes)
+    return Generated(fake, code, alpha, mu, logvar)
 
 
-def fakes_for_critic(generator: Generator, c, batch: Batch) -> Tensor:
+def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
     """The fakes without gradient. For a shared batch, also stores the pass, which the generator's update reuses."""
     if batch.shared:
         batch.generated = generate(generator, batch)
-        return judged_fakes(c, batch, batch.generated).detach()
+        return batch.generated.fake.detach()
     with torch.no_grad():
-        if batch.others is None:
-            return generator(batch.z, changes=batch.changes)
-        return judged_fakes(c, batch, generate(generator, batch))
+        return generate(generator, batch).fake
 
 
-def judged_fakes(c, batch: Batch, generated: Generated) -> Tensor:
-    """The images that the critic judges: the fakes; of clips, half of them are reconstructions, because videos pass
-    through codes of the encoder, which lie closer together than N(0, I)."""
-    if batch.others is None:
-        return generated.fake
-    number = batch.first + torch.arange(len(generated.fake), device=generated.fake.device)
-    is_fake = (number // c.GP_EVERY + number % c.GP_EVERY) % 2 == 0      # the GP measures both kinds
-    return torch.where(is_fake[:, None, None, None], generated.fake, generated.reconstruction)
+def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The prior's flow matching loss, for codes (B, LATENT_DIM) with K draws of noise (B, K, LATENT_DIM) and of t
+    (B, K) each. No gradient reaches the codes."""
+    codes = codes.detach()[:, None].expand_as(noise)
+    return losses.flow_matching_loss(generator.prior.velocity, codes.flatten(0, 1), noise.flatten(0, 1), t.flatten())
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -170,7 +177,7 @@ def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     fake_score of wasserstein_terms belongs into its first loss, one with a forward pass of its own can be yielded by
     itself.
     """
-    fake = fakes_for_critic(state.generator, c, batch)
+    fake = fakes_for_critic(state.generator, batch)
     yield from wasserstein_terms(state.critic, c, batch.real, fake, batch.e, batch.first)
 
 
@@ -191,19 +198,20 @@ def wasserstein_terms(critic: Callable, c, real: Tensor, fake: Tensor, e: Tensor
 
 
 def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
-    """L_G = -mean D(fake) + f * (LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W)), f = losses.size_factor, as
-    one term with values to log."""
+    """L_G = -mean D(fake) + f * (LAMBDA_REC * reconstruction + LAMBDA_KL * KL / (C*H*W)) + (loss of the prior),
+    f = losses.size_factor, as one term with values to log. The prior has weights of its own, so its loss needs no
+    factor."""
     if not batch.shared:
         batch.generated = generate(state.generator, batch)
-    fake, reconstructed, alpha, mu, logvar = batch.generated
-    reconstruction, kl = losses.reconstruction_loss(reconstructed, batch.real), losses.kl_divergence(mu, logvar)
+    fake, code, alpha, mu, logvar = batch.generated
+    reconstruction, kl = losses.reconstruction_loss(fake, batch.real), losses.kl_divergence(mu, logvar)
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
-        error = losses.motion_weighted_error(reconstructed, batch.real, batch.others)
-    fake_score = state.critic(judged_fakes(c, batch, batch.generated))
-    yield (losses.generator_loss(fake_score, error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL),
+        error = losses.motion_weighted_error(fake, batch.real, batch.others)
+    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t)
+    yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL) + prior,
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
-            **alpha_values(alpha)})
+            "prior_error": prior, **alpha_values(alpha)})
 
 
 def alpha_values(alpha: Tensor) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def decode(generator: Generator, z: Tensor) -> tuple[Tensor, Tensor]:
     """Returns x and alpha of all z (N, LATENT_DIM), on the CPU."""
     parts = []
     for part in z.to(generator.layer.positions.device).split(BATCH):
-        x = generator.vae.decode(part)
+        x = generator.vae.decode(generator.start(part))
         parts.append((x.cpu(), generator.layer.alpha(x).cpu()))
     return tuple(torch.cat(found) for found in zip(*parts))
 

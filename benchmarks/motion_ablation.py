@@ -55,7 +55,7 @@ from model_definitions import TransformerParamTanh
 
 ERRORS, OF_VIDEOS = ("r1", "r4", "r8"), ("contrast", "z_growth", "speed", "speed_95", "drift")
 COLUMNS = ("set", "vae", "variant", "seed", "view", "windows", "seconds", *ERRORS, *OF_VIDEOS, "parameters", "machine")
-JOINT = ("live", "frozen", "mlp")
+JOINT = ("live", "frozen", "mlp", "no delta")
 NEAR = 0.1                                                    # share by which times may differ
 
 
@@ -158,7 +158,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def new_state(name: str, c: SimpleNamespace, saved: dict, device: torch.device) -> run_state.State:
-    """Returns a state at the start of stage 2: the run's VAE and frame critic, and a new layer."""
+    """Returns a state at the start of stage 2: the run's VAE, prior and frame critic, and a new layer."""
     layer_class, constants = VARIANTS[name]
     vars(c).update(constants)
     state = run_state.new_state(c, device)
@@ -167,9 +167,9 @@ def new_state(name: str, c: SimpleNamespace, saved: dict, device: torch.device) 
             torch.manual_seed(random_keys.torch_generator(c.SEED, "weights").initial_seed())
             layer = model_definitions.build(c, layer_class)[0].layer.to(device)
         tables.replace_layer(state, layer)
-    vae = {key.removeprefix("vae."): weight for key, weight in saved["ema"].items() if key.startswith("vae.")}
+    kept = {key: weight for key, weight in saved["ema"].items() if key.startswith(("vae.", "prior."))}
     for generator in (state.generator, state.ema):
-        generator.vae.load_state_dict(vae)
+        generator.load_state_dict(generator.state_dict() | kept)
     state.critic.load_state_dict(saved["critic"])
     if isinstance(state.generator.layer, Pixels):
         for generator in (state.generator, state.ema):

@@ -99,10 +99,10 @@ def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
     """Returns {name: (function, calls per step)}: each part of a step alone, forward and backward."""
     batch = training_step.draw_batch(state, c, image_set, 0)
     vae, layer, critic = state.generator.vae, state.generator.layer, state.critic
-    z = torch.cat([batch.z, batch.posterior_noise]).requires_grad_()         # of the fakes and the reconstructions
+    code = batch.posterior_noise.clone().requires_grad_()
     with torch.no_grad():
-        x = vae.decode(z)
-        fake, tokens, alpha = layer(x)[:c.BATCH_SIZE], layer.tokens(x, changes=batch.changes), layer.alpha(x)
+        x = vae.decode(code)
+        fake, tokens, alpha = layer(x), layer.tokens(x, changes=batch.changes), layer.alpha(x)
     tokens, x, alpha = (t.requires_grad_() for t in (tokens, x, alpha))
 
     def critic_scores():
@@ -133,7 +133,9 @@ def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
         "gradient penalty": (penalty, c.N_CRITIC),
         "critic in the generator's update": (frozen_critic, 1),
         "encoder": (encoder, 1),
-        "decoder": (lambda: vae.decode(z).mean().backward(), 1),
+        "decoder": (lambda: vae.decode(code).mean().backward(), 1),
+        "prior": (lambda: training_step.prior_loss(state.generator, code, batch.prior_noise,
+                                                   batch.prior_t).backward(), 1),
         "layer: video and patch tokens": (
             lambda: layer.tokens(x, changes=batch.changes).square().mean().backward(), 1),
         "layer: Transformer and alpha head": (lambda: layer.to_s(layer.encode(tokens)).mean().backward(), 1),

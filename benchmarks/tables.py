@@ -90,11 +90,9 @@ def read(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def replace_layer(state, layer: torch.nn.Module) -> None:
     """Gives a new run_state.State another layer: to its generators and to the optimizers that train it."""
     state.generator.layer, state.ema.layer = layer, copy.deepcopy(layer).requires_grad_(False)
-    groups = [state.generator_optimizer.param_groups[1]]
+    state.generator_optimizer.param_groups[1]["params"] = list(layer.parameters())
     if state.motion_optimizer:
-        groups += state.motion_optimizer.param_groups
-    for group in groups:
-        group["params"] = list(layer.parameters())
+        state.motion_optimizer.param_groups[0]["params"] = list(state.motion.parameters())
 
 
 def plot_differences(panel, paired: dict[str, Sequence[float]], title: str) -> None:

@@ -3,7 +3,7 @@
 Weights and random draws are training_step.py's, everything else is written again in the obvious way:
 - the loss formulas are those of the papers (Gulrajani et al. 2017, Kingma and Welling 2013), not losses.py's,
 - the synthetic video is made frame by frame in a Python loop and convolved,
-- noise and reconstructions pass the generator separately, real and fake images the critic separately,
+- real and fake images pass the critic separately,
 - each update makes its own images,
 - the penalty's inner gradient comes from torch.autograd.grad,
 - default Adam, EMA per parameter, tensors in torch's default layout, no weights frozen.
@@ -38,7 +38,7 @@ def like(state, c) -> Textbook:
     """Returns a Textbook with the weights of a State whose optimizers have not made a step."""
     generator, critic = (copy.deepcopy(m).to(memory_format=torch.contiguous_format)
                          for m in (state.generator, state.critic))
-    groups = [{"params": generator.vae.parameters(), "lr": c.LEARNING_RATE},
+    groups = [{"params": [*generator.vae.parameters(), *generator.prior.parameters()], "lr": c.LEARNING_RATE},
               {"params": generator.layer.parameters(), "lr": c.LEARNING_RATE * c.LAYER_RATE}]
     return Textbook(generator, critic, copy.deepcopy(generator).requires_grad_(False),
                     torch.optim.Adam(groups, betas=(c.BETA_1, c.BETA_2)),
@@ -76,7 +76,8 @@ def generate(generator: Generator, z: Tensor, changes: Changes) -> Tensor:
 def critic_loss(book: Textbook, c, batch: project.Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns L_D = E D(fake) - E D(real) + lambda E (||grad D(x_hat)|| - 1)^2 + drift, and values to compare."""
     with torch.no_grad():
-        fake = generate(book.generator, batch.z, batch.changes)
+        mu, logvar = book.generator.vae.encode(batch.real)
+        fake = generate(book.generator, mu + torch.exp(logvar / 2) * batch.posterior_noise, batch.changes)
     real_score, fake_score = book.critic(batch.real), book.critic(fake)
     drift = (real_score ** 2).mean() / 2 + (fake_score ** 2).mean() / 2
 
@@ -92,20 +93,25 @@ def critic_loss(book: Textbook, c, batch: project.Batch) -> tuple[Tensor, dict[s
 
 
 def generator_loss(book: Textbook, c, batch: project.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns L_G = -E D(fake) + LAMBDA_REC * L1 + LAMBDA_KL * KL / (C*H*W), and values to compare. Both weights are
-    multiplied by sqrt(C*H*W / (3 * 64 * 64))."""
+    """Returns L_G = -E D(fake) + LAMBDA_REC * L1 + LAMBDA_KL * KL / (C*H*W) + E |velocity(x_t, t) - (code - noise)|^2,
+    and values to compare. Both weights are multiplied by sqrt(C*H*W / (3 * 64 * 64))."""
     mu, logvar = book.generator.vae.encode(batch.real)
     sigma = torch.exp(logvar / 2)
-    reconstructed = generate(book.generator, mu + sigma * batch.posterior_noise, batch.changes)
-    reconstruction = F.l1_loss(reconstructed, batch.real)
-    prior = Normal(torch.zeros_like(mu), torch.ones_like(mu))
-    kl = kl_divergence(Normal(mu, sigma), prior).sum(1).mean()
+    code = mu + sigma * batch.posterior_noise
+    fake = generate(book.generator, code, batch.changes)
+    reconstruction = F.l1_loss(fake, batch.real)
+    kl = kl_divergence(Normal(mu, sigma), Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1).mean()
 
-    fake_score = book.critic(generate(book.generator, batch.z, batch.changes))
+    noise, t, code = batch.prior_noise.flatten(0, 1), batch.prior_t.flatten(), code.detach()
+    code = code.repeat_interleave(len(noise) // len(code), dim=0)
+    x_t = (1 - t[:, None]) * noise + t[:, None] * code
+    prior_error = F.mse_loss(book.generator.prior.velocity(x_t, t), code - noise)
+
     elements = batch.real[0].numel()
     factor = (elements / (3 * 64 * 64)) ** 0.5
-    loss = -fake_score.mean() + factor * (c.LAMBDA_REC * reconstruction + c.LAMBDA_KL * kl / elements)
-    return loss, {"generator_loss": loss, "reconstruction": reconstruction, "kl": kl}
+    loss = (-book.critic(fake).mean() + factor * (c.LAMBDA_REC * reconstruction + c.LAMBDA_KL * kl / elements)
+            + prior_error)
+    return loss, {"generator_loss": loss, "reconstruction": reconstruction, "kl": kl, "prior_error": prior_error}
 
 
 # ------------------------------------------------------------------------------------- step

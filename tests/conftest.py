@@ -23,8 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's backgrou
 
 # Flags of a run with steps of some hundredths of a second.
 SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--encoder-width", "4", "--width-max", "32",
-         "--latent-dim", "16", "--transformer-dim", "24", "--transformer-layers", "2", "--patch", "8",
-         "--num-frames", "4", "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2",
+         "--latent-dim", "16", "--prior-width", "16", "--transformer-dim", "24", "--transformer-layers", "2", "--patch",
+         "8", "--num-frames", "4", "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2",
          "--gp-every", "2"]
 
 
@@ -101,6 +101,15 @@ def poison(monkeypatch, at):
     monkeypatch.setattr(training, "training_step", step)
 
 
+def draw_heads(generator):
+    """Draws the weights that start as zero, behind which no gradient would reach anything."""
+    heads = [generator.layer.to_s, generator.prior.to_velocity[1]]
+    if generator.layer.dynamics is not None:
+        heads.append(generator.layer.dynamics.to_delta)
+    for head in heads:
+        head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+
+
 def use_float64(setattr):
     """Makes new networks, random draws and images float64, for comparisons that float32 rounding would hide."""
     to_image = data.to_image
@@ -134,15 +143,13 @@ def clips_of(lengths, image_size=32):
 
 @pytest.fixture
 def start_stage_2():
-    """start_stage_2(*flags) returns a new state in stage 2, its constants and clips. Its Delta head is random: that of
-    a new run is zero, and no gradient would reach the Transformer."""
+    """start_stage_2(*flags) returns a new state in stage 2 with random heads, its constants and clips."""
     def new(*flags, lengths=LENGTHS):
         c, _ = command_line.parse_constants([*SMALL, "--folders", "clips", "--vae-kimg", "1", "--dynamics-kimg", "2",
                                              "--motion-batch", "8", *flags])
         state, clips = run_state.new_state(c, command_line.choose_device(c.DEVICE)), clips_of(lengths)
         state.counters["images_seen"] = 1000
-        for head in (state.generator.layer.dynamics.to_delta, state.generator.layer.to_s):
-            head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+        draw_heads(state.generator)
         state.ema.load_state_dict(state.generator.state_dict())
         dynamics.begin(state, c, clips)
         return state, c, clips

@@ -15,7 +15,6 @@ import data
 import demo_images
 import dynamics
 import losses
-import model_definitions
 import run_log
 import training
 import training_step
@@ -66,26 +65,6 @@ def test_a_new_layer_predicts_the_newest_code_and_no_code_is_farther_from_the_an
         torch.testing.assert_close(found, window.anchor + factor * unit * F.normalize(window.codes[:, 0]))
 
 
-def test_files_from_before_the_fitted_buffers_load_as_models_that_start_from_noise(start, rng):
-    state, c, _ = start()
-    weights = {name: weight for name, weight in state.ema.state_dict().items()
-               if "dynamics.start_" not in name and "whiten" not in name}
-    generator, _ = model_definitions.build(c)
-    generator.load_state_dict(weights)
-    z = torch.randn(2, c.LATENT_DIM, generator=rng)
-    assert torch.equal(generator.start(z), z) and not torch.equal(state.ema.start(z), z)
-
-
-def test_a_loaded_generator_starts_videos_as_the_saved_one(start, rng):
-    state, c, _ = start()
-    generator, _ = model_definitions.build(c)
-    generator.load_state_dict(state.ema.state_dict())
-    z = torch.randn(2, c.LATENT_DIM, generator=rng)
-    with torch.no_grad():
-        torch.testing.assert_close(generator.start(z), state.ema.start(z), rtol=1e-2, atol=1e-2)
-        assert not torch.allclose(generator.start(z), generator.layer.dynamics.start(z), rtol=1e-2, atol=1e-2)
-
-
 def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
     _, c, _ = start()
     window, z = window_of(c, rng), torch.randn(2, c.LATENT_DIM, generator=rng)
@@ -102,13 +81,14 @@ def test_a_roll_feeds_its_images_and_codes_back(start, rng, share):
     generator, window = state.generator, window_of(c, rng)
     with torch.no_grad():
         (image, z), (second, z_second) = (pair for pair, _ in zip(generator.roll(window), range(2)))
-        earlier = torch.cat([(1 + generator(code)) / 2 for code in window.codes.unbind(1)], 1)
+        earlier = torch.cat([(1 + generator.render(code)) / 2 for code in window.codes.unbind(1)], 1)
         predicted = generator.layer.next_code(window)
-        assert torch.equal(image, generator(predicted, earlier, window=window))
+        assert torch.equal(image, generator.render(predicted, earlier, window=window))
         torch.testing.assert_close(z, (1 - share) * predicted + share * generator.vae.encode(image)[0])
         after = window.followed_by(z)
         predicted = generator.layer.next_code(after)
-        assert torch.equal(second, generator(predicted, torch.cat([(1 + image) / 2, earlier[:, :6]], 1), window=after))
+        earlier = torch.cat([(1 + image) / 2, earlier[:, :6]], 1)
+        assert torch.equal(second, generator.render(predicted, earlier, window=after))
         torch.testing.assert_close(z_second, (1 - share) * predicted + share * generator.vae.encode(second)[0])
 
 
@@ -117,18 +97,8 @@ def test_a_roll_from_a_still_window_begins_with_copies_of_its_image(start, rng):
     generator, window = state.generator, Window.still(*window_of(c, rng)[2:0:-1], PAST)
     with torch.no_grad():
         image, _ = next(generator.roll(window))
-        copies = ((1 + generator(window.anchor)) / 2).repeat(1, PAST, 1, 1)
-        torch.testing.assert_close(image, generator(generator.layer.next_code(window), copies, window=window))
-
-
-def test_a_video_starts_from_a_code_that_was_decoded_and_encoded(start, rng):
-    state, c, _ = start()
-    generator, z = state.generator, torch.randn(2, c.LATENT_DIM, generator=rng)
-    code = generator.layer.dynamics.start(z)
-    with torch.no_grad():
-        for _ in range(6):
-            code = generator.vae.encode(torch.tanh(c.ALPHA_INIT * (2 * generator.vae.decode(code) - 1)))[0]
-        torch.testing.assert_close(generator.start(z), code, rtol=1e-3, atol=1e-3)
+        copies = ((1 + generator.render(window.anchor)) / 2).repeat(1, PAST, 1, 1)
+        torch.testing.assert_close(image, generator.render(generator.layer.next_code(window), copies, window=window))
 
 
 # ------------------------------------------------------------------------------------- windows
@@ -225,13 +195,17 @@ def test_the_loss_is_that_of_the_formula(start):
             code_errors.append(known.valid[i, k] * (z - known.targets[i, k]).abs().mean())
             if i % 2 == 0 and k == batch.picked[i // 2]:
                 frame, earlier = batch.frame[i // 2:i // 2 + 1], batch.earlier[i // 2:i // 2 + 1]
-                image = state.generator(z, earlier, window=window)
+                image = state.generator.render(z, earlier, window=window)
                 frame_errors.append(losses.motion_weighted_error(image, frame, earlier * 2 - 1))
             window = window.followed_by(z)
     expected = [torch.stack(part).mean() for part in (code_errors, frame_errors, kl)]
-    for name, value in zip(("code_error", "frame_error", "motion_kl"), expected):
+    change = known.codes[:, :1] - batch.prior_noise                          # of the newest code of each window
+    on_the_way = batch.prior_noise + batch.prior_t[:, :, None] * change
+    velocity = state.generator.prior.velocity(on_the_way.flatten(0, 1), batch.prior_t.flatten())
+    expected.append((velocity - change.flatten(0, 1)).square().mean())
+    for name, value in zip(("code_error", "frame_error", "motion_kl", "prior_error"), expected):
         torch.testing.assert_close(values[name], value, msg=name)
-    torch.testing.assert_close(loss, 2 * expected[0] + 3 * expected[1] + 0.5 * expected[2])
+    torch.testing.assert_close(loss, 2 * expected[0] + 3 * expected[1] + 0.5 * expected[2] + expected[3])
 
 
 def test_predicted_codes_and_images_stay_float32_under_bfloat16_autocast(start):
@@ -265,39 +239,40 @@ def test_a_recorded_step_equals_a_plain_step(start):
     assert values == pytest.approx(plain_values, rel=0.05, abs=0.02)
 
 
-def test_only_the_layer_learns_and_its_average_follows(start):
+def test_the_layer_and_the_prior_learn_and_their_averages_follow(start):
     state, c, clips = start()
     before = {part: {name: p.clone() for name, p in getattr(state, part).named_parameters()}
               for part in ("generator", "critic", "ema")}
     values = dynamics.motion_step(state, c, clips)
     assert state.counters["step"] == 1 and state.counters["images_seen"] == 1008
-    assert set(values) == {"motion_loss", "code_error", "frame_error", "motion_kl"}
+    assert set(values) == {"motion_loss", "code_error", "frame_error", "motion_kl", "prior_error"}
     for part, weights in before.items():
         changed = {name for name, p in getattr(state, part).named_parameters() if not torch.equal(p, weights[name])}
         if part == "critic":
             assert not changed
         else:
-            assert all(name.startswith("layer.") for name in changed)
+            assert all(name.startswith(("layer.", "prior.")) for name in changed)
             assert changed >= {"layer.dynamics.to_delta.weight", "layer.to_tokens.weight", "layer.to_s.weight",
-                               "layer.dynamics.to_posterior.2.weight", "layer.transformer.layers.0.linear1.weight"}
+                               "layer.dynamics.to_posterior.2.weight", "layer.transformer.layers.0.linear1.weight",
+                               "prior.to_hidden.weight"}
 
 
-def test_stage_2_begins_with_the_averaged_vae(start):
+def test_stage_2_begins_with_the_averaged_vae_and_prior(start):
     state, c, clips = start()
-    for p in state.ema.vae.parameters():
+    generator, averaged = ([*model.vae.parameters(), *model.prior.parameters()] for model in (state.generator,
+                                                                                              state.ema))
+    for p in averaged:
         p.data.add_(0.01)
-    state.codes = None
-    dynamics.motion_step(state, c, clips)
-    for one, other in zip(state.generator.vae.parameters(), state.ema.vae.parameters()):
-        assert torch.equal(one, other)
+    dynamics.begin(state, c, clips)                              # as after a resume
+    assert not any(torch.equal(*pair) for pair in zip(generator, averaged))
+    state.counters["stage"], state.codes = 1, None
+    dynamics.begin(state, c, clips)
+    assert all(torch.equal(*pair) for pair in zip(generator, averaged))
     changes = [state.codes[0][i + 1:j] - state.codes[0][i:j - 1]
                for i, j in zip(clips.clip_offsets[:4], clips.clip_offsets[1:])]                # not of the one held out
     for generator in (state.generator, state.ema):
         torch.testing.assert_close(generator.layer.dynamics.change, torch.cat(changes).square().mean(0).sqrt())
-    noise = torch.randn(20_000, c.LATENT_DIM, generator=torch.Generator().manual_seed(0))
-    drawn, codes = state.ema.layer.dynamics.start(noise), state.codes[0][:72]                 # of the training clips
-    torch.testing.assert_close(drawn.mean(0), codes.mean(0), rtol=0, atol=0.05 * codes.std().item())
-    torch.testing.assert_close(torch.cov(drawn.T), torch.cov(codes.T), rtol=0.05, atol=0.05 * codes.var().item())
+    codes = state.codes[0][:72]                                                               # of the training clips
     offsets = clips.clip_offsets[:5].tolist()
     pairs = torch.cat([(codes[i:j, None] - codes[None, i:j]).flatten(0, 1) / (j - i) ** 0.5      # each frame counts 1
                        for i, j in itertools.pairwise(offsets)]).double()
@@ -349,28 +324,15 @@ def test_images_of_clips_come_with_frames_of_their_clip(start):
     assert len(found) > 1 and flipped == {True, False}
 
 
-def test_of_clips_the_critic_judges_reconstructions_too_and_their_error_is_weighted_by_motion(start):
-    state, c, clips = start("--lambda-kl", "0", "--gp-every", "2", "--lambda-drift", "0")
+def test_the_error_of_clips_is_weighted_by_motion(start):
+    state, c, clips = start("--lambda-kl", "0")
     batch = training_step.draw_batch(state, c, clips, 0)
-    batch.shared = True
-    (critic_loss, _), _ = training_step.critic_terms(state, c, batch)
     (loss, values), = training_step.generator_terms(state, c, batch)
-    made = batch.generated
-    judged = torch.stack([made.fake[0], made.reconstruction[1], made.reconstruction[2], made.fake[3]])
-    torch.testing.assert_close(critic_loss, state.critic(judged).mean() - state.critic(batch.real).mean())
-    error = losses.motion_weighted_error(made.reconstruction, batch.real, batch.others)
-    expected = -state.critic(judged).mean() + c.LAMBDA_REC * losses.size_factor(3 * 32 * 32) * error
-    torch.testing.assert_close(loss, expected)
-    assert values["reconstruction"] == losses.reconstruction_loss(made.reconstruction, batch.real) != error
-
-
-@pytest.mark.parametrize("every", [1, 2, 3, 4])
-def test_the_penalty_measures_both_fakes_and_reconstructions(start, every):
-    state, c, clips = start("--batch-size", "24", "--gp-every", str(every))
-    batch = training_step.draw_batch(state, c, clips, 0)
-    made = training_step.generate(state.generator, batch)
-    is_fake = (training_step.judged_fakes(c, batch, made) == made.fake).all((1, 2, 3))
-    assert is_fake[::every].sum() == 12 // every and abs(is_fake.sum() - 12) <= 4
+    fake = batch.generated.fake
+    error = losses.motion_weighted_error(fake, batch.real, batch.others)
+    expected = -state.critic(fake).mean() + c.LAMBDA_REC * losses.size_factor(3 * 32 * 32) * error
+    torch.testing.assert_close(loss, expected + values["prior_error"])
+    assert values["reconstruction"] == losses.reconstruction_loss(fake, batch.real) != error
 
 
 # ------------------------------------------------------------------------------------- whole runs

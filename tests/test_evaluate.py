@@ -182,6 +182,8 @@ class MeanColour(nn.Module):
     def forward(self, z):
         return z[:, :, None, None].expand(-1, -1, 32, 32)
 
+    render = forward
+
 
 def image_set(images, held_out=0):
     """Returns an ImageSet of uint8 (N, H, W, C) in memory, whose last `held_out` images are held out."""

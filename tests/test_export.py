@@ -80,9 +80,13 @@ def test_onnx_makes_the_images_of_torch_at_any_batch_size(trained, model):
     session = onnxruntime.InferenceSession(model[0], providers=["CPUExecutionProvider"])
     for batch in (1, 2, 5):
         z = torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))
-        image, = session.run(["image"], {"z": z.numpy()})
-        assert image.shape == (batch, 3, 32, 32) and image.dtype == np.float32
-        assert np.abs(image - Generator.from_file(trained)(z).numpy()).max() < 1 / 127.5
+        generator = Generator.from_file(trained)
+        for offset in (torch.zeros(batch, 16), torch.linspace(-1, 1, 16).expand(batch, -1)):
+            image, = session.run(["image"], {"z": z.numpy(), "offset": offset.numpy()})
+            assert image.shape == (batch, 3, 32, 32) and image.dtype == np.float32
+            expected = generator.render(generator.start(z) + offset)
+            assert np.abs(image - expected.numpy()).max() < 1 / 127.5
+        assert torch.equal(generator(z), generator.render(generator.start(z)))
     line = model[1].splitlines()[-1]
     assert f"photos.onnx: {len(model[0]) / 1e6:.1f} MB, onnxruntime " in line and "levels of 255 from torch" in line
 
@@ -100,7 +104,7 @@ def test_the_onnx_file_has_one_kernel_for_all_frames_and_no_path_of_this_machine
 @pytest.mark.parametrize("factor", [0.98, float("nan")])
 def test_a_model_with_other_images_is_not_written(trained, made, monkeypatch, tmp_path, capsys, factor):
     real = export.torch_images
-    monkeypatch.setattr(export, "torch_images", lambda generator, z: real(generator, z) * factor)
+    monkeypatch.setattr(export, "torch_images", lambda *inputs: real(*inputs) * factor)
     (tmp_path / "old.onnx").write_bytes(b"old")
     assert export.main([str(trained), "--out", str(tmp_path / "old.onnx")]) == 1
     assert capsys.readouterr().err.startswith("export.py: onnxruntime's images differ from torch's by up to ")
@@ -128,7 +132,7 @@ def test_onnx_rolls_the_frames_of_torch(clips_run, video):
     generator = Generator.from_file(clips_run)
     z, v = (torch.randn(2, n, generator=torch.Generator().manual_seed(n)) for n in (16, 6))
     with torch.no_grad():
-        first = generator.sample(z)
+        first = generator(z)
         rolled = [image for image, _ in itertools.islice(generator.roll(Window.still(generator.start(z), v, 3)), 9)]
     image, codes, earlier = start.run(["image", "codes", "earlier"], {"z": z.numpy()})
     np.testing.assert_allclose(image, first.numpy(), atol=1e-3)

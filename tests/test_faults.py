@@ -205,7 +205,7 @@ def test_a_rollback_takes_new_random_draws_and_cuts_the_log(run, tmp_path, monke
     monkeypatch.setattr(run_state.State, "rng", keep)
     poison(monkeypatch, lambda step, rollbacks: step in (2, 3) and rollbacks == 0)
     assert run(*ROLLBACK, "--steps", "5", "--log-every", "1") == 0
-    for purpose in ("z", "posterior noise", "between", "video"):
+    for purpose in ("posterior noise", "prior", "between", "video"):
         assert drawn[purpose, 2, 0] != drawn[purpose, 2, 1], purpose
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     assert [line["rollbacks"] for line in lines(tmp_path)] == [0, 0, 1, 1, 1]
@@ -272,19 +272,23 @@ def test_a_checkpoint_of_other_networks_is_refused_and_not_changed(run, tmp_path
 
 
 @pytest.mark.parametrize("number", range(1, checkpoints.FORMAT + 1))
-def test_a_checkpoint_of_each_format_continues_or_is_refused(run, tmp_path, capsys, number):
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_its_weights_start_a_new_run(run, tmp_path, capsys, number):
     """tests/fixtures has a file of each format, from a run with these sizes."""
     content = gzip.decompress((Path(__file__).parent / "fixtures" / f"format_{number}.pt.gz").read_bytes())
     file = checkpoint_folder(tmp_path) / "step_00000001.pt"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
-    status = run("--run", "photos", "--steps", "2", "--width", "2", "--encoder-width", "2", "--width-max", "4",
-                 "--latent-dim", "4", "--transformer-dim", "12", "--transformer-layers", "1", "--num-frames", "2",
-                 "--final-width", "0", "--no-balanced-upsampling", "--no-noise-maps")
-    if number == checkpoints.FORMAT:
-        assert status == 0 and "continuing" in capsys.readouterr().out
-        assert newest(tmp_path)["counters"]["step"] == 2
-    else:
-        assert status == 2
-        assert f"format {number}, but this version reads format {checkpoints.FORMAT}" in error_line(capsys)
-        assert file.read_bytes() == content
+    sizes = ("--width", "2", "--encoder-width", "2", "--width-max", "4", "--latent-dim", "4", "--transformer-dim", "12",
+             "--transformer-layers", "1", "--num-frames", "2", "--final-width", "0", "--no-balanced-upsampling",
+             "--no-noise-maps")
+    assert run("--run", "photos", "--steps", "2", *sizes) == 2
+    line = error_line(capsys)
+    assert file.read_bytes() == content
+    if number < checkpoints.FORMAT:
+        assert f"format {number}, but this version reads format {checkpoints.FORMAT}" in line
+        return
+    assert f"without a prior: --run NEWNAME --init-from {file.parent.parent} starts a new run" in line
+    assert run("--run", "new", "--steps", "1", "--init-from", str(file), "--learning-rate", "1e-12", *sizes) == 0
+    old, new = (checkpoints.find(path)[1]["ema"] for path in (file, file.parents[2] / "new"))
+    torch.testing.assert_close({name: new[name] for name in old}, dict(old), atol=1e-8, rtol=0)
+    assert "prior.to_hidden.weight" in new

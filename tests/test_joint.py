@@ -101,7 +101,7 @@ def test_videos_are_those_of_a_frame_by_frame_roll(start, monkeypatch, prefix):
     batch, generator = joint.draw_batch(state, c, clips, 0), state.generator
     made, layer, known = joint.make_videos(generator, c, batch), generator.layer, batch.windows
     v, kl = dynamics.motion_codes(layer.dynamics, c, known)
-    starts = generator.start(batch.z, 2)
+    starts = generator.start(batch.z)
     for i in range(2):
         one = slice(i, i + 1)
         free = 2 * i if batch.free_first[i] else 2 * i + 1
@@ -111,7 +111,7 @@ def test_videos_are_those_of_a_frame_by_frame_roll(start, monkeypatch, prefix):
         images = []
         for earlier in (real[:, :-3], real[:, 3:], real[:, :-3]):         # of the first frame, nothing is judged
             z = layer.next_code(window)
-            images.append(generator(z, earlier, window=window))
+            images.append(generator.render(z, earlier, window=window))
             window = window.followed_by(z)
         _, before, last = images
         torch.testing.assert_close(made.predicted[one], last)
@@ -131,13 +131,13 @@ def test_videos_are_those_of_a_frame_by_frame_roll(start, monkeypatch, prefix):
             codes.append(window.codes[0, 0])
         images = [(1 + torch.tanh(3 * (2 * generator.vae.decode(z[None]) - 1))) / 2 for z in codes]
         at = Window(torch.stack(codes[-2:-2 - PAST:-1])[None], window.v, window.anchor)
-        last = generator(codes[-1][None], torch.cat([images[-2]] * 3, 1), window=at)       # one image stands for four
+        last = generator.render(codes[-1][None], torch.cat([images[-2]] * 3, 1), window=at)   # one stands for four
         torch.testing.assert_close(made.near[[free], 3:6], last)
-        expected = generator(first) if prefix == 0 and batch.is_noise[i] else last
+        expected = generator.render(first) if prefix == 0 and batch.is_noise[i] else last
         torch.testing.assert_close(made.frame[[free]], expected)
         if prefix:
-            torch.testing.assert_close(made.far[[free], :3], generator(window.anchor))
-            torch.testing.assert_close(made.far[[compared], :3], generator(known.anchor[one]))
+            torch.testing.assert_close(made.far[[free], :3], generator.render(window.anchor))
+            torch.testing.assert_close(made.far[[compared], :3], generator.render(known.anchor[one]))
             assert torch.equal(made.far[:, 6:], made.far[:, 3:6] - made.far[:, :3])
     assert (made.far is None) == (prefix == 0) and made.motion_kl == kl
 
@@ -184,13 +184,13 @@ def test_the_losses_are_those_of_the_formulas(start, monkeypatch, prefix):
     others = batch.earlier * 2 - 1
     expected = -state.critic(made.frame).mean() - 0.7 * near(made.near).mean() + 0.5 * made.motion_kl
     expected += -0.7 * far(made.far).mean() if prefix else 0
-    error = losses.motion_weighted_error(state.generator(batch.code), batch.target, others)
+    error = losses.motion_weighted_error(state.generator.render(batch.code), batch.target, others)
     frame_error = losses.motion_weighted_error(made.predicted, batch.target, others)
     expected += 0.5 * (0.5 * 30 * error + 3 * frame_error) + 2 * values["code_error"]              # f = 0.5 at 32 px
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_encoder_rests_and_all_else_learns(start):
+def test_the_encoder_and_the_prior_rest_and_all_else_learns(start):
     state, c, clips = start()
     before = {part: {name: p.clone() for name, p in getattr(state, part).named_parameters()}
               for part in ("generator", "critic", "pair_critics", "ema")}
@@ -199,8 +199,8 @@ def test_the_encoder_rests_and_all_else_learns(start):
     assert state.counters["step"] == 4 and state.counters["images_seen"] == 2016 and "pair_critics_loss" in values
     for part, weights in before.items():
         same = {name for name, p in getattr(state, part).named_parameters() if torch.equal(p, weights[name])}
-        encoder = {name for name in weights if name.startswith(("vae.encoder", "vae.to_mu", "vae.to_logvar"))}
-        assert same == encoder, (part, same ^ encoder)
+        resting = {name for name in weights if name.startswith(("vae.encoder", "vae.to_mu", "vae.to_logvar", "prior"))}
+        assert same == resting, (part, same ^ resting)
 
 
 def test_stage_3_begins_with_the_averaged_weights_once(start_stage_2):

@@ -87,6 +87,15 @@ def test_reconstruction_is_the_mean_absolute_error_over_all_elements():
     assert losses.reconstruction_loss(image, target).item() == pytest.approx((1 + 1.5) / 2)
 
 
+def test_flow_matching_loss_of_a_known_velocity(rng):
+    code, noise, t = torch.randn(5, 3, generator=rng), torch.randn(5, 3, generator=rng), torch.rand(5, generator=rng)
+    expected = sum(((1 - t[i]) * noise[i] + t[i] * code[i] + t[i] - (code[i] - noise[i])).square().sum()
+                   for i in range(5)) / 15
+    found = losses.flow_matching_loss(lambda x, t: x + t[:, None], code, noise, t)
+    torch.testing.assert_close(found, expected)
+    assert losses.flow_matching_loss(lambda x, t: code - noise, code, noise, t) == 0
+
+
 # ------------------------------------------------------------------------------------- video
 
 def test_motion_weighted_error_counts_what_moves_more():

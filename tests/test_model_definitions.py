@@ -10,7 +10,7 @@ import command_line
 import config
 import losses
 import model_definitions
-from model_definitions import VAE, Discriminator, TransformerParamTanh
+from model_definitions import VAE, Discriminator, Prior, TransformerParamTanh
 
 
 def build(*flags):
@@ -189,6 +189,45 @@ def test_the_first_trained_model_still_makes_the_same_images():
     torch.testing.assert_close(means, torch.tensor([0.9425, 0.7362, 0.4874, 0.4851, 0.1509, 0.1879]), atol=2e-4, rtol=0)
     torch.testing.assert_close(pixels, torch.tensor([0.8892, 0.7434, 0.4648, 0.7531, -0.4536, 0.5098, 0.9771, 0.9605,
                                                      0.5414, 0.4959, 0.1181, 0.1000]), atol=2e-3, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- prior
+
+def test_a_new_prior_returns_the_noise(rng):
+    z = torch.randn(4, 128, generator=rng)
+    assert torch.equal(Prior(128, 32)(z), z)
+    generator = build()[0]
+    assert torch.equal(generator.start(z[:, :16]), z[:, :16])
+
+
+def test_the_prior_follows_the_velocity_of_a_gaussian(monkeypatch, rng):
+    """The straight paths from N(0, 1) to N(m, s^2) have a velocity in closed form, which carries z to m + s * z."""
+    m, s = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.5, 0.8, 1.5])
+
+    def velocity(x, t):
+        t = t[:, None]
+        return m + (t * s ** 2 - (1 - t)) / ((1 - t) ** 2 + t ** 2 * s ** 2) * (x - t * m)
+
+    prior, z = Prior(3, 8), torch.randn(50, 3, generator=rng)
+    monkeypatch.setattr(prior, "velocity", velocity)
+    torch.testing.assert_close(prior(z), m + s * z, atol=0.02, rtol=0)
+
+
+def test_the_prior_learns_where_codes_are():
+    """Codes near two points, of which twice as many are near the first."""
+    torch.manual_seed(0)
+    prior, points = Prior(2, 64), torch.tensor([[1.0, 1.0], [-1.0, 0.5]])
+    optimizer = torch.optim.Adam(prior.parameters(), lr=2e-3)
+    for _ in range(400):
+        code = points[(torch.arange(192) % 3) // 2] + 0.1 * torch.randn(192, 2)
+        optimizer.zero_grad()
+        losses.flow_matching_loss(prior.velocity, code, torch.randn(192, 2), torch.rand(192)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = prior(torch.randn(600, 2))
+    distances = torch.cdist(found, points)
+    assert (distances.min(1).values < 0.4).float().mean() > 0.9
+    assert abs((distances[:, 0] < distances[:, 1]).float().mean() - 2 / 3) < 0.1
 
 
 def test_a_transposed_convolution_starts_as_mixed_channels_and_bilinear_upsampling(rng):

@@ -44,7 +44,7 @@ def test_every_variant_trains_its_layer_on_the_runs_vae(variant, name):
     before = {key: weight.clone() for key, weight in state.generator.state_dict().items()}
     dynamics.motion_step(state, c, clips)
     changed = {key for key, weight in state.generator.state_dict().items() if not torch.equal(weight, before[key])}
-    assert changed and all(key.startswith("layer") for key in changed)
+    assert changed and all(key.startswith(("layer", "prior")) for key in changed)
     assert ("layer.dynamics.to_delta.weight" in changed) == (name != "no delta")
 
 
@@ -118,7 +118,7 @@ def test_the_script_measures_what_is_missing_and_reports(tmp_path, monkeypatch, 
     text = capsys.readouterr().out
     rows = tables.read(Path("t.csv"), motion_ablation.COLUMNS)
     assert [(row["variant"], row["view"]) for row in rows] == [("live", "windows"), ("live", "joint"),
-                                                               ("no delta", "windows")]
+                                                               ("no delta", "windows"), ("no delta", "joint")]
     assert rows[2]["r8"] == "1.0" and rows[1]["contrast"] and not rows[0]["contrast"]
     assert "| no delta | 1 | 32 | 0.0 | 1.000 | 1.000 | 1.000 |" in text and "clips, after stage 3:" in text
     assert Path("t.png").stat().st_size > 5000

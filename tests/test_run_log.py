@@ -90,8 +90,9 @@ def log_step(log, step, skipped=0, **changed):
     counters = {"step": step, "images_seen": 4 * step, "rollbacks": 0, "lr_scale": 1.0, "skipped_updates": skipped,
                 "skipped_in_a_row": skipped, "best": None, "stage": 1}
     values = {"critic_loss": -3.0, "score_gap": 3.0, "gradient_norm": 1.2, "gradient_penalty": 0.1,
-              "generator_loss": 20.0, "reconstruction": 0.2, "kl": 60.0, "posterior_variance": 1.0, "alpha_mean": 2.5,
-              "alpha_min": 2.0, "alpha_max": 3.0, "alpha_spread": 0.1, "picture_spread": 0.9, **changed}
+              "generator_loss": 20.0, "reconstruction": 0.2, "kl": 60.0, "posterior_variance": 1.0,
+              "prior_error": 0.5, "alpha_mean": 2.5, "alpha_min": 2.0, "alpha_max": 3.0, "alpha_spread": 0.1,
+              "picture_spread": 0.9, **changed}
     state = SimpleNamespace(counters=counters, generator_optimizer=SimpleNamespace(param_groups=[{"lr": 1e-3}]))
     log.step(state, {name: torch.tensor(value) for name, value in values.items()})
 
@@ -183,7 +184,7 @@ def test_the_start_prints_the_parameters_of_each_part(capsys):
     run_log.print_start(c, state, SimpleNamespace(train=range(1200), held_out=range(30), clip_offsets=None))
     out = capsys.readouterr().out
     counts = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters", out)]
-    assert len(counts) == 5 and sum(counts) == sum(p.numel() for m in (generator, critic) for p in m.parameters())
+    assert len(counts) == 6 and sum(counts) == sum(p.numel() for m in (generator, critic) for p in m.parameters())
     assert "IMAGE_SIZE=32" in out and "1,200 images to train on, 30 held out; device cpu, 2 processes" in out
 
 

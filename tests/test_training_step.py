@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, draw_heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import command_line
@@ -21,13 +21,11 @@ NO_ZERO_GRADIENTS = ("--width", "12", "--encoder-width", "12")
 
 @pytest.fixture
 def start(photos, tmp_path):
-    """start(*flags) returns a new state with a random head, its constants and the images. With the zero head of a new
-    run, no gradient would reach the Transformer."""
+    """start(*flags) returns a new state with random heads, its constants and the images."""
     def new(*flags):
         c, _ = command_line.parse_constants(["--data", photos, *SMALL, *flags])
         state = run_state.new_state(c, command_line.choose_device(c.DEVICE))
-        head = state.generator.layer.to_s.weight
-        head.data.copy_(0.02 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        draw_heads(state.generator)
         return state, c, data.load_images(photos, 32, 3, tmp_path / "cache", workers=0, progress=False)
     return new
 
@@ -138,7 +136,7 @@ def test_the_critic_sees_each_image_once_per_epoch_with_several_updates_per_step
     batches = [training_step.draw_batch(state, c, image_set, critic_update) for critic_update in range(3)]
     seen = torch.cat([batch.real for batch in batches]).flatten(1)
     assert len(seen.unique(dim=0)) == len(image_set.train) == 12
-    assert len(torch.cat([batch.z for batch in batches]).unique(dim=0)) == 12
+    assert len(torch.cat([batch.posterior_noise for batch in batches]).unique(dim=0)) == 12
 
 
 # ------------------------------------------------------------------------------------- updates
@@ -195,7 +193,7 @@ def test_both_updates_of_a_step_share_one_pass_of_the_generator(start, monkeypat
     batch_sizes, decode = [], state.generator.vae.decode
     monkeypatch.setattr(state.generator.vae, "decode", lambda z: batch_sizes.append(len(z)) or decode(z))
     training_step.training_step(state, c, image_set)
-    assert batch_sizes == [4, 8]                  # fakes of the first critic update; then fakes and reconstructions
+    assert batch_sizes == [4, 4]                  # of the first critic update; of the second one and the generator's
 
 
 def test_the_mean_deviation_is_that_of_torch():
