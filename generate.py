@@ -372,9 +372,9 @@ def make_parser() -> command_line.Parser:
     how.add_argument("--seconds", type=positive(float), default=8.0, metavar="X", help="of the video [%(default)s]")
     how.add_argument("--fps", type=positive(float), default=20.0, metavar="X", help="frames per second [%(default)s]")
     how.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True,
-                     help="the video ends where it began")
+                     help="for --mode walk and keyframes: the video ends where it began")
     how.add_argument("--keyframes", type=positive(int), default=6, metavar="N",
-                     help="random points that a walk passes through [%(default)s]")
+                     help="for --mode walk: random points that it passes through [%(default)s]")
     how.add_argument("--photos", nargs="+", default=[], metavar="PHOTO",
                      help="for --mode keyframes and --direction; for --mode roll, the first frames")
     how.add_argument("--clip", metavar="CLIP", help="for --mode roll: a folder of frames or a video, to be continued")

@@ -164,7 +164,7 @@ def test_a_set_that_a_model_can_only_copy_and_missing_images_are_reported(run, p
     assert "warning: only 12 different images: a model" in capsys.readouterr().out
     for name in ("0003.png", "0005.png"):
         (Path(photos) / name).unlink()
-    assert run("--steps", "2", "--evaluate-every", "1") == 0
+    assert run("--steps", "2", "--evaluate-every", "1", "--evaluate-count", "16") == 0
     out = capsys.readouterr().out
     assert "warning: 2 images of the last start not found: 0003.png, 0005.png. Is a disk not mounted?" in out
     assert "warning: 10 images are too few, these scores are mostly chance: use 64 or more" in out
