@@ -80,9 +80,9 @@ HEALTHY = (
           "In nats, summed over the latent dimensions. Near 0 the encoder has collapsed: raise LAMBDA_REC or lower "
           "LAMBDA_KL.", (10, 1000), 200, bar="KL"),
     Value("posterior_variance", "Posterior variance",
-          "Mean of mu^2 + sigma^2. Near 1 encoded images and noise cover the same part of the latent space; long runs "
-          "settle near 0.4. Far above 3 the encoder has left N(0, I).",
-          (0.2, 3), 200),
+          "Mean of mu^2 + sigma^2: the scale of the codes, which the prior learns. Near 1 after some hundred steps, "
+          "0.1 in long runs. Far above 3 the encoder has left N(0, I).",
+          (0.02, 3), 200),
     Value("prior_error", "Error of the prior",
           "Flow matching loss of the network that turns noise into codes: mean squared error of its velocity.",
           (0.05, 2), 200, "falling", "prior"),

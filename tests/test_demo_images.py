@@ -9,6 +9,7 @@ from torchvision.datasets import ImageFolder
 
 import checkpoints
 import demo_images
+import owls
 from demo_images import draw, draw_clip, factors, make, make_clips, motion
 
 
@@ -227,7 +228,7 @@ def test_the_owl_fits_its_window(monkeypatch):
     for index in range(6):
         cut = posed(monkeypatch, index=index, **changes)
         with monkeypatch.context() as patch:
-            patch.setattr(demo_images, "OWL_WINDOW", 9)
+            patch.setattr(owls, "OWL_WINDOW", 9)
             assert np.abs(posed(monkeypatch, index=index, **changes) - cut).max() <= 1
 
 
@@ -235,7 +236,7 @@ def test_the_owl_fits_its_window(monkeypatch):
 
 def test_the_set_loads_with_image_folder_and_contains_what_draw_returns(tmp_path):
     loaded = ImageFolder(make(tmp_path / "set", count=40, size=32, seed=5))
-    assert len(loaded) == 40 and set(loaded.classes) == set(demo_images.SKIES)
+    assert len(loaded) == 40 and set(loaded.classes) == set(owls.SKIES)
     for path, label in loaded.samples:
         index = int(path[-10:-4])
         assert loaded.classes[label] == factors(index, 5)["sky"]

@@ -32,6 +32,8 @@ def unhealthy(values, **changed):
 @pytest.mark.parametrize(("size", "values"), [             # medians of five lines
     (64, dict(score_gap=4.97, gradient_norm=1.21, wasserstein=4.11, reconstruction=0.052, kl=337,     # avatars, 17,000
               posterior_variance=0.361, alpha_mean=2.47, picture_spread=0.976)),                      # steps
+    (64, dict(score_gap=1.79, gradient_norm=1.08, wasserstein=1.66, reconstruction=0.045, kl=375,     # with a prior,
+              posterior_variance=0.093, prior_error=0.239, alpha_mean=2.66, picture_spread=0.962)),   # 10,000 steps
     (64, dict(score_gap=8.9, gradient_norm=1.18, wasserstein=7.1, reconstruction=0.196, kl=120,       # 400 steps
               posterior_variance=1.04, alpha_mean=2.53, picture_spread=0.8)),
     (64, dict(score_gap=-2.7, gradient_norm=0.9, wasserstein=-3.0, reconstruction=0.164, kl=272,      # photos, 2,000
