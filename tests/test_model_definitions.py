@@ -210,7 +210,7 @@ def test_the_prior_follows_the_velocity_of_a_gaussian(monkeypatch, rng):
 
     prior, z = Prior(3, 8), torch.randn(50, 3, generator=rng)
     monkeypatch.setattr(prior, "velocity", velocity)
-    torch.testing.assert_close(prior(z), m + s * z, atol=0.02, rtol=0)
+    torch.testing.assert_close(prior(z), m + s * z, atol=0.05, rtol=0)
 
 
 def test_the_prior_learns_where_codes_are():
