@@ -48,8 +48,8 @@ def learning_rate(state, c) -> float:
 
 
 def begin(state, c, image_set: data.ImageSet, codes: tuple[Tensor, Tensor] | None = None) -> None:
-    """Starts stage 2, or continues it after a resume: the VAE takes its averaged weights, and its encoder will not
-    change any more. All frames are encoded, unless their codes are given, and the buffers of Dynamics are found."""
+    """Starts stage 2, with the averaged weights of VAE and prior, or continues it after a resume. The encoder will not
+    change any more: all frames are encoded, unless their codes are given, and the buffers of Dynamics are found."""
     if state.counters["stage"] < 2:
         state.generator.vae.load_state_dict(state.ema.vae.state_dict())
         state.generator.prior.load_state_dict(state.ema.prior.state_dict())
@@ -200,7 +200,8 @@ def unrolled(generator: Generator, window: Window, count: int, frozen: bool = Fa
             window = window._replace(codes=window.codes[:, :1].expand_as(window.codes))
         z = generator.layer.next_code(window)
         if fed_back_every and len(codes) % fed_back_every == 0:
-            z = generator.towards_image(z, 1 - (1 - generator.feedback) ** fed_back_every)
+            image = 2 * generator.layer.displayed(generator.vae.decode(z)) - 1               # with ALPHA_INIT
+            z = generator.towards(z, image, 1 - (1 - generator.feedback) ** fed_back_every)
         window = window.followed_by(z)
         codes.append(z[:, None])
     return torch.cat(codes, dim=1)
@@ -221,7 +222,7 @@ def code_error(codes: Tensor, windows: Windows) -> Tensor:
 
 def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     """L = LAMBDA_CODE * |z_t - mu(x_t)|, over the unrolled frames, + LAMBDA_FRAME * (error of one rendered frame)
-    + LAMBDA_MOTION * KL(q(v) || N(0, I)) + (loss of the prior), as one term with values to log."""
+    + LAMBDA_MOTION * KL(q(v) || N(0, I)) + (loss of the prior, for the anchors), as one term with values to log."""
     known = batch.windows
     v, kl = motion_codes(state.generator.layer.dynamics, c, known)
     codes = unrolled(state.generator, Window(known.codes, v, known.anchor), known.targets.shape[1])
@@ -234,7 +235,7 @@ def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     window = Window(past[row[:, None], before], v[every], known.anchor[every])
     image, _ = state.generator.image_and_alpha(past[row, place + known.codes.shape[1]], batch.earlier, window=window)
     frame_error = losses.motion_weighted_error(image, batch.frame, batch.earlier * 2 - 1)
-    prior = training_step.prior_loss(state.generator, known.codes[:, 0], batch.prior_noise, batch.prior_t)
+    prior = training_step.prior_loss(state.generator, known.anchor, batch.prior_noise, batch.prior_t)
     yield (c.LAMBDA_CODE * error + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * kl + prior,
            {"code_error": error, "frame_error": frame_error, "motion_kl": kl, "prior_error": prior})
 

@@ -1,12 +1,14 @@
 """Exports a trained generator: as ONNX, as a small weights file for sharing, or as a web page.
 
-    python export.py runs/NAME --out NAME.onnx      # ONNX: z -> image, any batch size; of clips, a step of a video
+    python export.py runs/NAME --out NAME.onnx      # ONNX: z, offset -> image; of clips, a step of a video
     python export.py runs/NAME --out NAME.pt        # weights only, half precision; generate.py reads it like a run
     python export.py runs/NAME --web DIR            # a page that runs in the browser: python -m http.server -d DIR
 
 ONNX and the page need requirements-extras.txt. The page also needs the npm package onnxruntime-web: `npm` downloads
 it, or --ort names a folder with it. All exports use the averaged (EMA) generator. An ONNX model is written only if
 onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
+
+offset is added to the code of z, such as a multiple of a principal axis; zeros for none. Any batch size works.
 
 Of a run on clips, from stage 2 on, NAME.onnx makes the next frame of a video: codes, v, anchor, earlier -> image,
 next_codes, next_earlier, which are the codes and earlier of the step after it. NAME_start.onnx makes the first ones:

@@ -144,10 +144,10 @@ def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], li
 
 def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--images N: single files and a grid. Threads compress and write the files while the model computes the next."""
-    z = draw_codes(generator, flags.seed, flags.images)
     shown, waiting, started = [], collections.deque(), time.monotonic()
+    codes = draw_codes(generator, flags.seed, flags.images)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for i, image in enumerate(bar(render(generator, z), len(z), "image")):
+        for i, image in enumerate(bar(render(generator, codes), len(codes), "image")):
             file = flags.out / f"seed{flags.seed}_{i:05d}.{flags.format}"
             waiting.append(pool.submit(pictures.save_picture, file, image))
             if len(waiting) > WAITING_LIMIT:
@@ -156,7 +156,7 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
                 shown.append(image)
         for saved in waiting:
             saved.result()
-    print(f"{len(z)} images, {len(z) / (time.monotonic() - started):.1f} per second")
+    print(f"{len(codes)} images, {len(codes) / (time.monotonic() - started):.1f} per second")
     return f"seed{flags.seed}_grid", pictures.grid(shown)
 
 
@@ -372,7 +372,7 @@ def make_parser() -> command_line.Parser:
     how.add_argument("--seconds", type=positive(float), default=8.0, metavar="X", help="of the video [%(default)s]")
     how.add_argument("--fps", type=positive(float), default=20.0, metavar="X", help="frames per second [%(default)s]")
     how.add_argument("--loop", action=argparse.BooleanOptionalAction, default=True,
-                     help="for --mode walk and keyframes: the video ends where it began")
+                     help="GIF and WebP play again and again; a walk and keyframes end where they began")
     how.add_argument("--keyframes", type=positive(int), default=6, metavar="N",
                      help="for --mode walk: random points that it passes through [%(default)s]")
     how.add_argument("--photos", nargs="+", default=[], metavar="PHOTO",

@@ -124,7 +124,7 @@ class EqualisedLinear(nn.Linear):
     used, (B, N) -> (B, M). Its initial weights have `scale` times the effect of those of nn.Linear.
 
     Adam moves each weight by about the learning rate per step, so that the output of a plain Linear can move by N times
-    as much: mu and logvar, which read thousands of features, would leave the prior within tens of steps.
+    as much: mu and logvar, which read thousands of features, would leave N(0, I) within tens of steps.
     """
 
     def __init__(self, features_in: int, features_out: int, scale: float = 1.0):
@@ -136,18 +136,18 @@ class EqualisedLinear(nn.Linear):
 
 
 class ModulatedNorm(nn.Module):
-    """GroupNorm with scale and shift predicted from z, so that z reaches every scale of the decoder (Chen et al. 2019,
-    "On Self Modulation"): (B, C, H, W), z (B, LATENT_DIM) -> (B, C, H, W)."""
+    """GroupNorm with scale and shift predicted from the code, which so reaches every scale of the decoder (Chen et al.
+    2019, "On Self Modulation"): (B, C, H, W), code (B, LATENT_DIM) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, latent_dim: int):
         super().__init__()
         self.norm = group_norm(channels)
         self.to_scale_and_shift = nn.Linear(latent_dim, 2 * channels)
 
-    def forward(self, x, z):
+    def forward(self, x, code):
         x = self.norm(x)
-        with full_precision(z):                              # an error of scale or shift would cover the whole image
-            scale, shift = self.to_scale_and_shift(z)[:, :, None, None].chunk(2, dim=1)
+        with full_precision(code):                           # an error of scale or shift would cover the whole image
+            scale, shift = self.to_scale_and_shift(code)[:, :, None, None].chunk(2, dim=1)
         return torch.addcmul(x + shift, x, scale)
 
 
@@ -171,13 +171,13 @@ class BalancedConvTranspose2d(nn.ConvTranspose2d):
 
 
 class DecoderBlock(nn.Module):
-    """(ModulatedNorm, ReLU, ConvTranspose2d): (B, C_in, H, W), z (B, LATENT_DIM) -> (B, C_out, 2H, 2W), plus
+    """(ModulatedNorm, ReLU, ConvTranspose2d): (B, C_in, H, W), code (B, LATENT_DIM) -> (B, C_out, 2H, 2W), plus
     output_padding. Every block but the last adds a residual branch (ModulatedNorm, ReLU, Conv2d; He et al. 2016), and
     scales the sum to keep its variance. 4 x 4 at stride 2: every output pixel reads the same number of inputs.
 
     balanced: BalancedConvTranspose2d. noise_side, if not 0, is 2H plus output_padding: a fixed noise map of that side
     is added to each channel, with a learned strength, so that texture need not be made from a grid (Karras et al. 2019,
-    "A Style-Based Generator Architecture", draw noise for each image: here an image stays a function of z)."""
+    "A Style-Based Generator Architecture", draw noise for each image: here an image stays a function of its code)."""
 
     def __init__(self, channels_in: int, channels_out: int, latent_dim: int, output_padding: int, last: bool,
                  balanced: bool, noise_side: int):
@@ -193,13 +193,13 @@ class DecoderBlock(nn.Module):
             self.residual_norm = ModulatedNorm(channels_out, latent_dim)
             self.residual = nn.Conv2d(channels_out, channels_out, 3, padding=1)
 
-    def forward(self, x, z):
-        x = self.up(F.relu(self.norm(x, z), inplace=True))
+    def forward(self, x, code):
+        x = self.up(F.relu(self.norm(x, code), inplace=True))
         if self.noisy:
             x = x + (self.noise_strength * self.noise).to(x.dtype)
         if self.last:
             return x
-        return (x + self.residual(F.relu(self.residual_norm(x, z), inplace=True))) * math.sqrt(0.5)
+        return (x + self.residual(F.relu(self.residual_norm(x, code), inplace=True))) * math.sqrt(0.5)
 
 
 class AddDetail(nn.Module):
@@ -224,7 +224,7 @@ class VAE(nn.Module):
     DecoderBlocks with ConvTranspose2d, AddDetail if final_width is not 0, and a Sigmoid (Kingma and Welling 2013,
     "Auto-Encoding Variational Bayes").
 
-    image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
+    image (B, C, H, W) in [-1, 1] -> mu, logvar (B, LATENT_DIM);  code (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1].
     """
 
     def __init__(self, image_size: int, channels: int = 3, latent_dim: int = 128, width: int = 24,
@@ -234,7 +234,7 @@ class VAE(nn.Module):
         self.latent_dim, self.recompute = latent_dim, recompute
         self.encoder, features = conv_tower(image_size, channels, encoder_width, width_max, for_critic=False)
         self.to_mu = EqualisedLinear(features, latent_dim)
-        self.to_logvar = EqualisedLinear(features, latent_dim, scale=0.1)    # the posterior starts near the prior
+        self.to_logvar = EqualisedLinear(features, latent_dim, scale=0.1)    # the posterior starts near N(0, I)
 
         side_list = sides(image_size)[::-1]                                    # from the smallest to the image
         channel_list = widths(image_size, width, width_max)[::-1]              # from the widest to `width`
@@ -249,7 +249,7 @@ class VAE(nn.Module):
 
         he_init(self.from_z, self.decoder)
         for module in self.decoder.modules():
-            if isinstance(module, ModulatedNorm):            # scale and shift start near 1 and 0 for every z
+            if isinstance(module, ModulatedNorm):            # scale and shift start near 1 and 0 for every code
                 nn.init.normal_(module.to_scale_and_shift.weight, std=0.02)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,15 +259,15 @@ class VAE(nn.Module):
             return self.to_mu(features), self.to_logvar(features).clamp(*LOGVAR_RANGE)
 
     def reparameterize(self, mu: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """z = mu + sigma * noise, noise (B, LATENT_DIM) drawn from N(0, I) by the caller."""
+        """code = mu + sigma * noise, noise (B, LATENT_DIM) drawn from N(0, I) by the caller."""
         return mu + torch.exp(0.5 * logvar) * noise
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
-        hidden = self.from_z(z).unflatten(1, self.start_shape)                 # (B, C, 4..7, 4..7)
-        hidden = apply_in_turn(self.decoder[:-1], hidden, z, recompute=self.recompute)
+    def decode(self, code: Tensor) -> Tensor:
+        """code (B, LATENT_DIM) -> x (B, C, H, W) in [0, 1]."""
+        hidden = self.from_z(code).unflatten(1, self.start_shape)              # (B, C, 4..7, 4..7)
+        hidden = apply_in_turn(self.decoder[:-1], hidden, code, recompute=self.recompute)
         with full_precision(hidden):                         # the image itself is never rounded to bfloat16
-            hidden = apply_in_turn(self.decoder[-1:], hidden.to(z.dtype), z, recompute=self.recompute)
+            hidden = apply_in_turn(self.decoder[-1:], hidden.to(code.dtype), code, recompute=self.recompute)
             return torch.sigmoid(self.detail(hidden))
 
     def forward(self, image, noise):
@@ -457,13 +457,13 @@ class Window(NamedTuple):
     anchor: Tensor     # (B, LATENT_DIM): a code of the same clip, in a video the first one: keeps colours
 
     @classmethod
-    def still(cls, z: Tensor, v: Tensor, frames: int) -> "Window":
-        """Returns the window of a video that starts at z (B, LATENT_DIM): `frames` copies of it."""
-        return cls(z[:, None].expand(-1, frames, -1), v, z)
+    def still(cls, code: Tensor, v: Tensor, frames: int) -> "Window":
+        """Returns the window of a video that starts at code (B, LATENT_DIM): `frames` copies of it."""
+        return cls(code[:, None].expand(-1, frames, -1), v, code)
 
-    def followed_by(self, z: Tensor) -> "Window":
-        """Returns the window one frame later, z (B, LATENT_DIM) being the newest code."""
-        return self._replace(codes=torch.cat([z[:, None], self.codes[:, :-1]], dim=1))
+    def followed_by(self, code: Tensor) -> "Window":
+        """Returns the window one frame later, code (B, LATENT_DIM) being the newest one."""
+        return self._replace(codes=torch.cat([code[:, None], self.codes[:, :-1]], dim=1))
 
 
 class Dynamics(nn.Module):
@@ -479,7 +479,7 @@ class Dynamics(nn.Module):
     LOGVAR = (-8.0, 4.0)            # range of v's log variance
     SMALLEST = 1e-3                 # standard deviation of a dimension of the codes, where nothing moves
     STILL = 0.03                    # the same for `whiten`: where clips never move, a video may by a little
-    REACH = 1.5                     # largest length of a whitened z - anchor, in lengths of a z from N(0, I)
+    REACH = 1.5                     # largest length of a whitened code - anchor, in sqrt(LATENT_DIM)
 
     def __init__(self, latent_dim: int, motion_dim: int, frames: int, dim: int):
         super().__init__()
@@ -493,6 +493,12 @@ class Dynamics(nn.Module):
         nn.init.zeros_(self.to_delta.weight)
         nn.init.zeros_(self.to_delta.bias)
         self.to_posterior = nn.Sequential(nn.Linear(3 * latent_dim, 128), nn.ReLU(), nn.Linear(128, 2 * motion_dim))
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        for name in ("start_mean", "start_root"):     # of earlier versions, whose videos started from a Gaussian
+            state_dict.pop(prefix + name, None)
+        state_dict.setdefault(prefix + "whiten", self.whiten)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def fit(self, clips: Sequence[Tensor]) -> None:
         """Sets the buffers from the codes of clips, each (T, LATENT_DIM)."""
@@ -707,11 +713,6 @@ class Generator(nn.Module):
         """code (B, LATENT_DIM) -> image (B, C, H, W) in [-1, 1]. Other arguments as in TransformerParamTanh."""
         return self.image_and_alpha(code, earlier, changes, window)[0]
 
-    def towards_image(self, code: Tensor, share: float) -> Tensor:
-        """Returns codes (B, LATENT_DIM) that are moved by this share of the way to the codes of their images, as the
-        layer would show them with ALPHA_INIT."""
-        return self.towards(code, 2 * self.layer.displayed(self.vae.decode(code)) - 1, share)
-
     def towards(self, code: Tensor, image: Tensor, share: float) -> Tensor:
         """Returns codes (B, LATENT_DIM) that are moved by this share of the way to those of images in [-1, 1]."""
         return code + share * (self.vae.encode(image)[0] - code)
@@ -725,7 +726,7 @@ class Generator(nn.Module):
         return self.layer.frames(self.vae.decode(code), changes=changes)
 
     def roll(self, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields image (B, C, H, W) in [-1, 1] and code z (B, LATENT_DIM) of the frames after the window, without end.
+        """Yields image (B, C, H, W) in [-1, 1] and code (B, LATENT_DIM) of the frames after the window, without end.
         The Transformer predicts each code from the codes before, and reads the images that were made before, at the
         start those of the window's codes: the feedback loop, closed in time."""
         is_still = torch.equal(window.codes, window.codes[:, :1].expand_as(window.codes))
@@ -739,10 +740,10 @@ class Generator(nn.Module):
     def next_frame(self, window: Window, earlier: Tensor) -> tuple[Tensor, Window, Tensor]:
         """Returns the image (B, C, H, W) in [-1, 1] of the frame after the window, and the window and the earlier
         images, as in TransformerParamTanh, of the frame after that."""
-        z = self.layer.next_code(window)
-        image, _ = self.image_and_alpha(z, earlier, window=window)
+        code = self.layer.next_code(window)
+        image, _ = self.image_and_alpha(code, earlier, window=window)
         earlier = torch.cat([(1 + image) / 2, earlier[:, :-self.layer.channels]], dim=1)
-        return image, window.followed_by(self.towards(z, image, self.feedback)), earlier
+        return image, window.followed_by(self.towards(code, image, self.feedback)), earlier
 
 
 def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = TransformerParamTanh

@@ -52,7 +52,7 @@ ALPHA_STUCK = "Alpha is at its bound everywhere. Try a lower --learning-rate, or
 HEALTHY = (
     Value("score_gap", "Score gap",
           "Mean D(real) - mean D(fake), the difference between the critic's scores. Above 10 in the first steps, then "
-          "mostly 2 to 10 at 64 px and 5 to 20 at 128 px for drawings, less for photos. Noisy: below 0 in single "
+          "mostly 1 to 10 at 64 px and 5 to 20 at 128 px for drawings, less for photos. Noisy: below 0 in single "
           "steps is harmless.",
           {32: (-3, 10), 64: (-4, 15), 128: (-6, 25), 256: (-8, 50)}, 200, bar="gap", lost=(-1e4, 1e4),
           advice="The critic diverges. Try a lower --critic-learning-rate, a higher --lambda-gp, or --gp-every 1"),
@@ -75,7 +75,7 @@ HEALTHY = (
           "L_G. Most of it is the reconstruction term, so it falls with the reconstruction error."),
     Value("reconstruction", "Reconstruction error",
           "Mean absolute difference between an image and its reconstruction, values from -1 to 1. Blobs at 0.3, clear "
-          "shapes at 0.1, 0.05 at the end of a long run.", (0.01, 0.45), 200, "falling", "rec"),
+          "shapes at 0.1, 0.03 at the end of a long run.", (0.01, 0.45), 200, "falling", "rec"),
     Value("kl", "KL divergence",
           "In nats, summed over the latent dimensions. Near 0 the encoder has collapsed: raise LAMBDA_REC or lower "
           "LAMBDA_KL.", (10, 1000), 200, bar="KL"),
@@ -97,13 +97,13 @@ HEALTHY = (
     Value("alpha_spread", "Alpha within an image",
           "Standard deviation of alpha over the pixels of an image. At 0 all pixels have the same alpha."),
     Value("picture_spread", "Image spread",
-          "Standard deviation of the images that the critic judges over a batch, divided by that of real images. Near "
-          "0 all generated images are alike.", (0.4, 1.5), 200, lost=(0.05, 20),
-          advice="Near 0 the generated images are all alike, far above 1 the real ones are. Try a lower "
+          "Standard deviation over a batch of the images that the critic judges, of stills reconstructions, divided by "
+          "that of the real ones. Near 0 they are all alike.", (0.4, 1.5), 200, lost=(0.05, 20),
+          advice="Near 0 the decoder's images are all alike, far above 1 the real ones are. Try a lower "
                  "--learning-rate, a new run with another --seed, or look at the images in DATA"),
     Value("stage", "Stage", "Of a run on clips: 1 images, 2 motion, 3 both; else 1."),
-    Value("motion_loss", "Motion loss", "Clips, stage 2: the sum of the next three values with their weights. It "
-          "rises when more frames are unrolled."),
+    Value("motion_loss", "Motion loss", "Clips, stage 2: the sum of the next three values with their weights, and of "
+          "prior_error. It rises when more frames are unrolled."),
     Value("code_error", "Error of codes", "Clips, from stage 2 on: mean absolute difference between the predicted "
           "codes of the unrolled frames and mu of the real ones.", bar="code"),
     Value("frame_error", "Error of frames", "Clips, from stage 2 on: mean absolute difference between a rendered frame "

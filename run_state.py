@@ -48,7 +48,7 @@ class State:
     skipped: torch.Tensor                       # (2,) int64: updates not applied; newest steps in a row with one
     ema_weight: torch.Tensor                    # of the current step (update.ema_weight)
     # Of a run on clips:
-    motion_optimizer: torch.optim.Optimizer | None = None          # of TransformerParamTanh, in stage 2
+    motion_optimizer: torch.optim.Optimizer | None = None          # of TransformerParamTanh and prior, in stage 2
     pair_critics: nn.ModuleDict | None = None                      # Discriminators "near" and "far", in stage 3
     pair_critics_optimizer: torch.optim.Optimizer | None = None
     codes: tuple[torch.Tensor, torch.Tensor] | None = None         # mu and logvar of all frames, from stage 2 on
@@ -138,7 +138,7 @@ class State:
 
 
 def generator_rates(c: SimpleNamespace) -> tuple[float, float]:
-    """Returns the learning rates of the VAE and of the layer."""
+    """Returns the learning rates of VAE and prior, and of the layer."""
     return c.LEARNING_RATE, c.LEARNING_RATE * c.LAYER_RATE
 
 

@@ -144,8 +144,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 # ------------------------------------------------------------------------------------- generator's pass
 
 def generate(generator: Generator, batch: Batch) -> Generated:
-    """Fakes from codes of the real images. Images from noise come from such codes too, which the prior draws: fakes
-    from N(0, I) would train the decoder where it is not used."""
+    """Fakes, decoded from codes of the real images. The prior turns noise into such codes: fakes from N(0, I) would
+    train the decoder where it is not used."""
     mu, logvar = generator.vae.encode(batch.real)
     code = generator.vae.reparameterize(mu, logvar, batch.posterior_noise)
     fake, alpha = generator.image_and_alpha(code, changes=batch.changes)
@@ -237,7 +237,7 @@ def apply_updates(state, c, batches: list[Batch]) -> dict[str, Tensor]:
 
 
 def picture_spread(fake: Tensor, real: Tensor) -> Tensor:
-    """The mean standard deviation over a batch of generated images, divided by that of real images."""
+    """The mean standard deviation over a batch of fakes, divided by that of real images."""
     return mean_deviation(fake, 0) / mean_deviation(real, 0).clamp_min(1e-6)
 
 

@@ -37,7 +37,6 @@ def test_windows_lie_in_their_clips_and_come_once():
 
 def test_generated_windows_are_the_frames_from_16_on_whatever_the_batch(start_stage_2, monkeypatch):
     state, c, _ = start_stage_2("--feedback", "0")             # each round through an untrained encoder adds rounding
-    state.ema.layer.dynamics.is_fitted = False
     found = clip_scores.generated_windows(state.ema, c, 3, 7, CPU)
     monkeypatch.setattr(clip_scores, "BATCH", 2)
     apart = clip_scores.generated_windows(state.ema, c, 3, 7, CPU)

@@ -15,6 +15,7 @@ import data
 import demo_images
 import dynamics
 import losses
+import model_definitions
 import run_log
 import training
 import training_step
@@ -63,6 +64,17 @@ def test_a_new_layer_predicts_the_newest_code_and_no_code_is_farther_from_the_an
     for code, factor in ((near, 2), (far, longest)):
         found = layer.next_code(window._replace(codes=torch.stack([code, *window.codes[:, 1:].unbind(1)], 1)))
         torch.testing.assert_close(found, window.anchor + factor * unit * F.normalize(window.codes[:, 0]))
+
+
+def test_files_with_a_gaussian_start_or_without_a_limit_load(start):
+    state, c, _ = start()
+    weights = {name: weight for name, weight in state.ema.state_dict().items() if "whiten" not in name}
+    for name in ("start_mean", "start_root"):
+        weights[f"layer.dynamics.{name}"] = torch.zeros(1)
+    generator, _ = model_definitions.build(c)
+    generator.load_state_dict(weights)
+    assert torch.equal(generator.layer.dynamics.whiten, torch.eye(c.LATENT_DIM))
+    assert torch.equal(generator.layer.dynamics.change, state.ema.layer.dynamics.change)
 
 
 def test_a_window_moves_by_one_frame_and_a_still_one_holds_copies(start, rng):
@@ -199,7 +211,7 @@ def test_the_loss_is_that_of_the_formula(start):
                 frame_errors.append(losses.motion_weighted_error(image, frame, earlier * 2 - 1))
             window = window.followed_by(z)
     expected = [torch.stack(part).mean() for part in (code_errors, frame_errors, kl)]
-    change = known.codes[:, :1] - batch.prior_noise                          # of the newest code of each window
+    change = known.anchor[:, None] - batch.prior_noise
     on_the_way = batch.prior_noise + batch.prior_t[:, :, None] * change
     velocity = state.generator.prior.velocity(on_the_way.flatten(0, 1), batch.prior_t.flatten())
     expected.append((velocity - change.flatten(0, 1)).square().mean())
