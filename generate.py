@@ -298,13 +298,14 @@ def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) ->
         codes = torch.cat([codes, codes[-1:].expand(past - len(codes), -1)]).expand(cells, -1, -1)
         window = Window(codes, v, codes[:, -1])
     else:
-        z = draw_codes(generator, flags.seed, cells)
         if flags.photos:
-            z = latent_space.encode(generator.vae, read_photos(flags.photos, c)[1])
-            if len(z) > cells:
-                raise InputError(f"--photos gives {len(z)} starts for {cells} videos: must fit into --grid")
-            z = z[torch.arange(cells) % len(z)]
-        window = Window.still(z, v, past)
+            codes = latent_space.encode(generator.vae, read_photos(flags.photos, c)[1])
+            if len(codes) > cells:
+                raise InputError(f"--photos gives {len(codes)} starts for {cells} videos: must fit into --grid")
+            codes = codes[torch.arange(cells) % len(codes)]
+        else:
+            codes = draw_codes(generator, flags.seed, cells)
+        window = Window.still(codes, v, past)
     count = max(2, round(flags.seconds * flags.fps))
     return itertools.islice(roll(generator, window, columns), count), count
 

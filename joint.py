@@ -22,7 +22,7 @@ import training_step
 import update
 from dynamics import Windows, unrolled
 from model_definitions import Generator, Window
-from training_step import to_device
+from training_step import tensor_fields, to_device
 
 PREFIXES = (0, 4, 8, 16)       # frames that free videos run before those with gradient; one of them per step
 FED_BACK_EVERY = 8             # of these, as generated videos feed every image back: rendering all would take too long
@@ -91,11 +91,6 @@ class Batch:
     shared: bool = False                      # all updates use one pass of the generator
     videos: Videos | None = None              # that pass
 
-    def drawn(self) -> dict[str, Tensor]:
-        """Returns the tensors among the fields, but `windows`."""
-        return {field.name: value for field in dataclasses.fields(self)
-                if isinstance(value := getattr(self, field.name), Tensor)}
-
     def pieces(self, size: int) -> list["Batch"]:
         """Returns micro-batches of `size` videos, an even number."""
         def part(tensor, start):
@@ -103,11 +98,11 @@ class Batch:
 
         return [dataclasses.replace(
             self, windows=Windows(*(part(tensor, start) for tensor in self.windows)), first=self.first + start,
-            **{name: part(tensor, start) for name, tensor in self.drawn().items()})
+            **{name: part(tensor, start) for name, tensor in tensor_fields(self).items()})
             for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
-        return [*self.windows, *self.drawn().values()]
+        return [*self.windows, *tensor_fields(self).values()]
 
     @property
     def kind(self) -> tuple[str, int]:

@@ -279,7 +279,8 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
         parts = [function(part.to(state.device)) for part in tensor.split(c.BATCH_SIZE)]
         return [torch.cat([p.cpu() for p in column]) for column in zip(*parts)]
 
-    image, alpha = in_batches(lambda batch: state.ema.image_and_alpha(state.ema.start(batch)), z)
+    codes = state.ema.start(z.to(state.device))
+    image, alpha = in_batches(state.ema.image_and_alpha, codes)
     reconstructed, = in_batches(lambda batch: (state.ema.reconstruct(data.to_image(batch)),), real)
 
     low, high = c.ALPHA_INIT / c.ALPHA_SPAN, c.ALPHA_INIT * c.ALPHA_SPAN
@@ -288,8 +289,7 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
     name = f"step_{state.counters['step']:08d}"
     if state.codes is None:
-        codes = state.ema.start(z[:4].to(state.device))
-        frames = state.ema.frames(codes).chunk(c.NUM_FRAMES, dim=1)                         # T of (4, C, H, W)
+        frames = state.ema.frames(codes[:4]).chunk(c.NUM_FRAMES, dim=1)                     # T of (4, C, H, W)
         video = [pictures.grid(data.to_arrays(frame * 2 - 1), columns=4) for frame in frames]
     else:
         videos = rollouts.videos(state.ema, c, image_set, state.codes)

@@ -25,6 +25,12 @@ PRIOR_DRAWS = 8                # points on the way to each code at which the pri
 
 # ------------------------------------------------------------------------------------- batch
 
+def tensor_fields(batch) -> dict[str, Tensor]:
+    """Returns the fields of a dataclass that are tensors."""
+    return {field.name: value for field in dataclasses.fields(batch)
+            if isinstance(value := getattr(batch, field.name), Tensor)}
+
+
 class Generated(NamedTuple):
     """The generator's pass over a batch, for both updates."""
     fake: Tensor                              # (B, C, H, W) in [-1, 1], from the codes
@@ -51,18 +57,13 @@ class Batch:
 
     def pieces(self, size: int) -> list["Batch"]:
         """Returns micro-batches of `size` images."""
-        def part(tensor, start):
-            return tensor[start:start + size]
-
-        return [Batch(part(self.real, start), part(self.posterior_noise, start), part(self.prior_noise, start),
-                      part(self.prior_t, start), part(self.e, start), self.changes,
-                      None if self.others is None else part(self.others, start), self.first + start)
-                for start in range(0, len(self.real), size)]
+        return [dataclasses.replace(self, first=self.first + start, **{
+            name: tensor[start:start + size] for name, tensor in tensor_fields(self).items()})
+            for start in range(0, len(self.real), size)]
 
     def tensors(self) -> list[Tensor]:
         """Returns every tensor that is drawn."""
-        return [self.real, self.posterior_noise, self.prior_noise, self.prior_t, self.e, *self.changes,
-                *([] if self.others is None else [self.others])]
+        return [*tensor_fields(self).values(), *self.changes]
 
     @property
     def kind(self) -> str:
