@@ -23,7 +23,7 @@ from errors import InputError, RunError
 if TYPE_CHECKING:    # torch takes seconds to import, and not every script needs it
     import torch
 
-DERIVED = ("TRANSFORMER_IN_CHANNELS",)
+DERIVED = ("TRANSFORMER_IN_CHANNELS", "CLASSES")
 IMAGE_SIZES = range(32, 257, 16)
 RUN_BYTES = 200                  # file systems allow 255 for a name
 
@@ -31,7 +31,7 @@ RUN_BYTES = 200                  # file systems allow 255 for a name
 LIMITS = {
     "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, f"one of {', '.join(map(str, IMAGE_SIZES))}"),
     "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
-    "FOLDERS": (lambda v: v in ("ignore", "clips"), "ignore or clips"),
+    "FOLDERS": (lambda v: v in ("ignore", "classes", "clips"), "ignore, classes or clips"),
     "DEVICE": (lambda v: v in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
     "BACKGROUND": (lambda v: 0 <= v <= 255, "0 to 255"),
     "NUM_WORKERS": (lambda v: v >= -1, "-1 (one per core), 0 or more"),
@@ -173,7 +173,8 @@ def parse_constants(argv: Sequence[str] | None, program: str = "training.py",
 
 def with_derived(values: dict) -> SimpleNamespace:
     """Returns the constants with the derived ones computed from the others."""
-    return SimpleNamespace(**{**values, "TRANSFORMER_IN_CHANNELS": values["NUM_FRAMES"] * values["CHANNELS"]})
+    return SimpleNamespace(**{"CLASSES": [], **values,
+                              "TRANSFORMER_IN_CHANNELS": values["NUM_FRAMES"] * values["CHANNELS"]})
 
 
 def check(c: SimpleNamespace) -> None:

@@ -14,7 +14,8 @@ SEED = 0                    # determines every random draw of the run
 INIT_FROM = ""              # run, checkpoint or weights file that a new run takes its initial weights from; empty: random
 
 # ------------------------------------------------------------------------------------- images
-FOLDERS = "ignore"          # what folders below DATA are. ignore: all images are one set; clips: each folder, .gif, .webp and video file is a clip
+FOLDERS = "ignore"          # what folders below DATA are. ignore: all images are one set; classes: each folder is a class; clips: each folder, .gif, .webp and video file is a clip
+BALANCE_CLASSES = False     # classes: all classes are trained on equally often, instead of all images
 CLIP_STRIDE = 1             # every how many frames of a clip one is taken
 IMAGE_SIZE = 128            # side in pixels, a multiple of 16 from 32 to 256; 64 takes a third of the time of 128
 CHANNELS = 3                # 3 colour, 1 grey
@@ -102,3 +103,4 @@ CHECKPOINT_MINUTES = 10.0   # ... and minutes, whichever comes first
 
 # ------------------------------------------------------------------------------------- derived, no flags
 TRANSFORMER_IN_CHANNELS = NUM_FRAMES * CHANNELS    # channels of the stacked synthetic video
+CLASSES = []                # names of the class folders in DATA, with FOLDERS = "classes"

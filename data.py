@@ -59,6 +59,7 @@ class ImageSet:
     or clip, that cannot be used. warnings: lines about the set: missing files, too few or plain images, dark 16-bit
     images.
 
+    labels: (N,) int64, each image's class; None without classes.
     clip_offsets: (M + 1,) int64; clip i is images[clip_offsets[i]:clip_offsets[i + 1]], in time order. None if the
     folders are no clips; then the others are empty. clip_names: M paths relative to the folder, "." for itself.
     train_clips, held_out_clips: int64 indices of clips; train and held_out are all of their frames.
@@ -71,10 +72,17 @@ class ImageSet:
     skipped: list[tuple[str, str]]
     warnings: Sequence[str] = ()
     on_device: "torch.Tensor | None" = None    # a copy of images in the memory of a GPU
+    labels: np.ndarray | None = None
     clip_offsets: np.ndarray | None = None
     clip_names: Sequence[str] = ()
     train_clips: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     held_out_clips: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @functools.cached_property
+    def rows_of_classes(self) -> list[np.ndarray]:
+        """The training images of each class that has any."""
+        labels = self.labels[self.train]
+        return [self.train[labels == label] for label in np.unique(labels)]
 
 
 def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
@@ -150,6 +158,33 @@ def find_files(root: PathLike, leave_out: PathLike | None = None, videos: bool =
         raise InputError(f"{printable(root)}: no images in it; looked for {' '.join(extensions[:-1])}"
                          + (f". {clips.DEFINITION}" if videos else ""))
     return dict(sorted(files.items())), skipped
+
+
+def find_classes(root: PathLike, leave_out: PathLike | None = None) -> list[str]:
+    """Returns the names of the classes, sorted: those of the folders in `root` that have images in or below them. Does
+    not enter the folder leave_out. Raises InputError for fewer than two classes, or if an image is in no class."""
+    paths = find_files(root, leave_out)[0]
+    outside = [path for path in paths if "/" not in path]
+    if outside:
+        raise InputError(f"{printable(root)}: {counted(len(outside), 'image')} directly in it, such as "
+                         f"{printable(outside[0])}; with --folders classes every image must be in a class folder")
+    names = sorted({path.partition("/")[0] for path in paths})
+    if len(names) < 2:
+        raise InputError(f"{printable(root)}: {counted(len(names), 'class folder')} with images; --folders classes "
+                         "needs two or more")
+    return names
+
+
+def set_labels(image_set: ImageSet, c) -> None:
+    """Sets the labels of a run with classes. Raises InputError for an image of another class."""
+    if c.FOLDERS != "classes":
+        return
+    number = {name: i for i, name in enumerate(c.CLASSES)}
+    names = [path.partition("/")[0] for path in image_set.paths]
+    other = next((path for name, path in zip(names, image_set.paths) if name not in number), None)
+    if other is not None:
+        raise InputError(f"{printable(other)}: in none of the class folders {', '.join(map(printable, c.CLASSES))}")
+    image_set.labels = np.array([number[name] for name in names], np.int64)
 
 
 def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
@@ -320,7 +355,7 @@ def split(keys: list[float], share: float) -> tuple[np.ndarray, np.ndarray]:
 
 # ------------------------------------------------------------------------------------- batches
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=256)            # one for each class, with BALANCE_CLASSES
 def _permutation(count, seed, purpose, epoch):
     from random_keys import numpy_generator  # imports torch
     return numpy_generator(seed, purpose, epoch).permutation(count)
@@ -338,6 +373,19 @@ def batch_indices(count: int, seed: int, position: int, batch_size: int, purpose
         parts.append(_permutation(count, seed, purpose, epoch)[start:start + batch_size])
         position, batch_size = position + len(parts[-1]), batch_size - len(parts[-1])
     return np.concatenate(parts)
+
+
+def balanced_rows(image_set: ImageSet, seed: int, position: int, batch_size: int) -> np.ndarray:
+    """Returns rows of training images position .. position + batch_size - 1 of an endless order in which the classes
+    take turns, each with a chain of permutations of its own: (batch_size,) int64."""
+    numbers, rows = position + np.arange(batch_size), np.zeros(batch_size, np.int64)
+    count = len(image_set.rows_of_classes)
+    for i, of_class in enumerate(image_set.rows_of_classes):
+        turns = numbers[numbers % count == i] // count
+        if len(turns):
+            order = batch_indices(len(of_class), seed, int(turns[0]), len(turns), f"order of class {i}")
+            rows[numbers % count == i] = of_class[order]
+    return rows
 
 
 def read_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:

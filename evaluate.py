@@ -195,19 +195,29 @@ def torchscript_extractor(file: str, device: torch.device | str) -> Extractor:
 
 @torch.inference_mode()
 def generate(generator: nn.Module, latent_dim: int, count: int, seed: int, share: tuple[int, int] = (0, 1),
-             image_of: Callable | None = None) -> Tensor:
+             image_of: Callable | None = None, labels: Tensor | None = None) -> Tensor:
     """Returns `count` images from noise, uint8 (count, C, H, W) on the CPU. share (i, n): only the i-th of n parts.
-    image_of: from noise (B, latent_dim) to images (B, C, H, W); None: the generator."""
+    image_of: from noise (B, latent_dim) to images (B, C, H, W); None: the generator. labels (count, K): of a model with
+    classes."""
     z = torch.randn(count, latent_dim, generator=random_keys.torch_generator(seed, "evaluate"))
-    z = z.tensor_split(share[1])[share[0]]
+    inputs = [tensor.tensor_split(share[1])[share[0]].split(GENERATED_BATCH)
+              for tensor in (z, labels) if tensor is not None]
     device = next(generator.parameters()).device
-    return torch.cat([data.to_uint8((image_of or generator)(part.to(device))).cpu()
-                      for part in progress(z.split(GENERATED_BATCH), "generating")])
+    return torch.cat([data.to_uint8((image_of or generator)(*(tensor.to(device) for tensor in part))).cpu()
+                      for part in progress(list(zip(*inputs)), "generating")])
 
 
 def sample_images(image_set: ImageSet, count: int, seed: int = 0) -> Tensor:
     """Returns `count` images of the training split, or all if it has fewer: uint8 (count, C, H, W)."""
     return data.read_batch(image_set, shuffled(image_set.train, seed)[:count])
+
+
+def labels_of_sample(image_set: ImageSet, count: int, c: Namespace) -> Tensor | None:
+    """Returns the labels (count, K) of sample_images; None without classes."""
+    if image_set.labels is None:
+        return None
+    labels = image_set.labels[shuffled(image_set.train)[:count]]
+    return F.one_hot(torch.from_numpy(labels), len(c.CLASSES)).to(torch.get_default_dtype())
 
 
 def shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -260,6 +270,19 @@ def print_scores(found: dict[str, float], extractor: Extractor | None) -> None:
     points = "same features" if extractor else f"images at {metrics.THUMBNAIL} px"
     print_value("diversity", found["diversity"], f"mean distance between two images / between two real ones; {points}")
     print_value("sliced Wasserstein", found["sliced_wasserstein"], "mean over the levels of a Laplacian pyramid")
+
+
+def print_classes(made: Tensor, real: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Prints how well the classes of generated images are recognised, and the Frechet distance of each class that has
+    MEANINGFUL images. made, real (N, D): features of a generated and a real image of each class in `labels` (N,)."""
+    found, of_real = metrics.recognised(real, labels, made)
+    print_value("class recognised", found, "share of the images whose class a linear classifier of real images finds; "
+                f"{of_real:.3f} of other real images; same features")
+    for i, name in enumerate(classes):
+        chosen = labels == i
+        if chosen.sum() >= MEANINGFUL:
+            print_value("Frechet distance", metrics.frechet_distance(made[chosen], real[chosen]),
+                        f"of the class {data.printable(name)}, {int(chosen.sum()):,} images on each side")
 
 
 def print_dot_pattern(generated: Tensor, real: Tensor) -> None:
@@ -401,6 +424,7 @@ def start(argv: Sequence[str] | None) -> None:
         print(f"no Frechet distance: {NO_WEIGHTS}")
     cache = data.cache_elsewhere(arguments.cache)
     image_set = data.load_images_of_run(arguments.data, c, cache)
+    data.set_labels(image_set, c)
     real = sample_images(image_set, arguments.count)
     made = real if generator else sample_images(data.load_images_of_run(arguments.path, c, cache), arguments.count)
     for path, images in ((arguments.data, real), (arguments.path, made)):
@@ -415,10 +439,14 @@ def start(argv: Sequence[str] | None) -> None:
         made = generate(generator, c.LATENT_DIM + c.MOTION_DIM, len(real), arguments.seed,
                         image_of=functools.partial(rollouts.late_frames, generator, c))
     elif generator:
-        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed)
+        labels = labels_of_sample(image_set, arguments.count, c)
+        made = generate(generator, c.LATENT_DIM, len(real), arguments.seed, labels=labels)
     print(f"{len(made):,} images against {len(real):,} real images, {c.IMAGE_SIZE} px")
     print_count_warning(min(len(made), len(real)))
-    print_scores(scores(made, real, extractor, real_features), extractor)
+    features = extractor and extractor(made)
+    print_scores(scores(made, real, extractor, real_features, features), extractor)
+    if generator and c.CLASSES and extractor:
+        print_classes(features, real_features, labels.argmax(1), c.CLASSES)
     print_dot_pattern(made, real)
     sheets = {"copies.png": check_copies(made[:COPY_CHECK], image_set)}
     if generator:

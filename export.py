@@ -8,7 +8,8 @@ ONNX and the page need requirements-extras.txt. The page also needs the npm pack
 it, or --ort names a folder with it. All exports use the averaged (EMA) generator. An ONNX model is written only if
 onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
 
-offset is added to the code of z, such as a multiple of a principal axis; zeros for none. Any batch size works.
+offset is added to the code of z, such as a multiple of a principal axis; zeros for none. Any batch size works. A model
+with classes has a third input, label: 1 at a class and 0 elsewhere, in the order of the folders' names; zeros for any.
 
 Of a run on clips, from stage 2 on, NAME.onnx makes the next frame of a video: codes, v, anchor, earlier -> image,
 next_codes, next_earlier, which are the codes and earlier of the step after it. NAME_start.onnx makes the first ones:
@@ -107,15 +108,15 @@ def write_weights(file: Path, saved: dict, generator: Generator, about: str) -> 
 # ------------------------------------------------------------------------------------- ONNX
 
 class StillImage(nn.Module):
-    """z (B, LATENT_DIM) from N(0, I), and an offset (B, LATENT_DIM) that is added to its code, such as a multiple of a
-    principal axis -> image (B, C, H, W)."""
+    """z (B, LATENT_DIM) from N(0, I), an offset (B, LATENT_DIM) that is added to its code, such as a multiple of a
+    principal axis, and, of a model with classes, a label (B, K) -> image (B, C, H, W)."""
 
     def __init__(self, generator: Generator):
         super().__init__()
         self.generator = generator
 
-    def forward(self, z, offset):
-        return self.generator.render(self.generator.start(z) + offset)
+    def forward(self, z, offset, label=None):
+        return self.generator.render(self.generator.start(z, label) + offset)
 
 
 class VideoStart(nn.Module):
@@ -191,11 +192,15 @@ def checked_onnx(generator: Generator, rolls: bool) -> tuple[dict[str, bytes], s
     z = latent_space.draw_z(0, 0, 4, latent_dim)
     if rolls:
         return checked_video_models(generator, z)
-    still, offset = StillImage(generator), latent_space.draw_z(1, 0, 4, latent_dim) / 4
-    model = to_onnx(still, {"z": torch.zeros(2, latent_dim), "offset": torch.zeros(2, latent_dim)}, ["image"])
-    run, one = session_of(model), {"z": z[:1], "offset": offset[:1]}
-    made = torch.cat([run(z=z[part], offset=offset[part])[0] for part in (slice(1), slice(1, 4))])
-    difference = levels_apart(torch_images(still, z, offset), made)
+    still = StillImage(generator)
+    inputs = {"z": z, "offset": latent_space.draw_z(1, 0, 4, latent_dim) / 4}
+    if generator.classes:
+        inputs["label"] = torch.eye(generator.classes)[torch.arange(4) % generator.classes]
+    model = to_onnx(still, {name: torch.zeros_like(tensor[:2]) for name, tensor in inputs.items()}, ["image"])
+    run, one = session_of(model), {name: tensor[:1] for name, tensor in inputs.items()}
+    made = torch.cat([run(**{name: tensor[part] for name, tensor in inputs.items()})[0]
+                      for part in (slice(1), slice(1, 4))])
+    difference = levels_apart(torch_images(still, *inputs.values()), made)
     check_difference(difference)
     times = times_of(lambda: run(**one), lambda: torch_images(still, *one.values()))
     return {"": model}, f"{times}; at batch sizes 1 and 3 at most {difference:.2g} levels of 255 from torch"
@@ -263,7 +268,7 @@ def page_facts(saved: dict, c: SimpleNamespace, about: str) -> dict:
             "image_size": c.IMAGE_SIZE, "channels": c.CHANNELS,
             **{name: saved["counters"][name] for name in ("step", "images_seen")},
             **{name: axes[name][:SLIDERS].tolist() for name in ("axes", "deviations")},
-            "motion_dim": c.MOTION_DIM if learned_motion(saved) else 0}
+            "motion_dim": c.MOTION_DIM if learned_motion(saved) else 0, "classes": c.CLASSES}
 
 
 def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespace, ort: str | None,

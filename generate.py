@@ -3,6 +3,7 @@
     python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and seed1_grid.png
     python generate.py RUN --video walk.mp4 --seconds 8         # a looping walk; or .webp, .gif, a new folder
     python generate.py RUN --video v.mp4 --mode roll --grid 4x4 # of a model of clips: videos that start from noise
+    python generate.py RUN --images 64 --class cats dogs        # of a model with classes: of these, in turn
     python generate.py RUN --reconstruct PHOTO ...              # photos through encoder and decoder
 
 RUN is a run's folder, or a single checkpoint or weights file. Image i of a seed is always the same, whatever the number
@@ -116,14 +117,21 @@ def bar(iterable: Iterable, total: int, unit: str) -> Iterable:
 
 
 @torch.inference_mode()
-def codes_of(generator: Generator, z: Tensor) -> Tensor:
-    """Returns the codes of noise z (N, LATENT_DIM), on the CPU."""
-    return torch.cat([generator.start(on_device(generator, part)).cpu() for part in z.split(CODES)])
+def codes_of(generator: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Returns the codes of noise z (N, LATENT_DIM) and labels (N, K), on the CPU."""
+    parts = zip(z.split(CODES), labels.split(CODES)) if labels is not None else ((part,) for part in z.split(CODES))
+    return torch.cat([generator.start(*(on_device(generator, tensor) for tensor in part)).cpu() for part in parts])
 
 
-def draw_codes(generator: Generator, seed: int, count: int) -> Tensor:
-    """Returns the codes of images 0, 1, ... of a seed, (count, LATENT_DIM) on the CPU."""
-    return codes_of(generator, latent_space.draw_z(seed, 0, count, generator.vae.latent_dim))
+def draw_codes(generator: Generator, flags: Namespace, count: int) -> Tensor:
+    """Returns the codes of images 0, 1, ... of --seed, (count, LATENT_DIM) on the CPU."""
+    return codes_of(generator, latent_space.draw_z(flags.seed, 0, count, generator.vae.latent_dim),
+                    labels_of(flags, count))
+
+
+def labels_of(flags: Namespace, count: int) -> Tensor | None:
+    """Returns the labels (count, K) of images of the classes of --class, in turn; None for any class."""
+    return flags.labels[torch.arange(count) % len(flags.labels)] if flags.classes else None
 
 
 # ------------------------------------------------------------------------------------- images and photos
@@ -145,7 +153,7 @@ def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], li
 def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--images N: single files and a grid. Threads compress and write the files while the model computes the next."""
     shown, waiting, started = [], collections.deque(), time.monotonic()
-    codes = draw_codes(generator, flags.seed, flags.images)
+    codes = draw_codes(generator, flags, flags.images)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for i, image in enumerate(bar(render(generator, codes), len(codes), "image")):
             file = flags.out / f"seed{flags.seed}_{i:05d}.{flags.format}"
@@ -208,7 +216,7 @@ def edit(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[st
         raise InputError("--direction: the encoded images of the two folders have the same mean: must differ")
     _, photos = read_photos(flags.photos, c)
     start = (latent_space.encode(generator.vae, photos) if photos
-             else draw_codes(generator, flags.seed, 6))
+             else draw_codes(generator, flags, 6))
     sheet = strengths_sheet(generator, start, direction[None], EDITS, ["B - A"])
     if photos:
         sheet = pictures.beside(pictures.stack([pictures.grid(photos, columns=1)], ["photo"]), sheet)
@@ -229,7 +237,7 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
     if count > len(axes["axes"]):
         raise InputError(f"--directions {count} is invalid: must be at most {len(axes['axes'])}, this run's axes")
     axes = {name: tensor.cpu() for name, tensor in axes.items()}
-    start = draw_codes(generator, flags.seed, 1)[0]
+    start = draw_codes(generator, flags, 1)[0]
     directions, variance = axes["axes"][:count], axes["deviations"].square()
     centres = torch.stack([start - ((start - axes["mean"]) @ axis) * axis for axis in directions])    # 0 on their axis
     print(f"the first {count} axes explain {variance[:count].sum() / variance.sum():.0%} of the variance of encoded "
@@ -241,7 +249,7 @@ def show_axes(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tup
 @torch.inference_mode()
 def map_alpha(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
     """--alpha-maps N: images, and beside them their alpha, on a log scale from the smallest to the largest value."""
-    z = on_device(generator, draw_codes(generator, flags.seed, flags.alpha_maps))
+    z = on_device(generator, draw_codes(generator, flags, flags.alpha_maps))
     image, alpha = (torch.cat(parts) for parts in zip(*map(generator.image_and_alpha, z.split(BATCH))))
     alpha = alpha.mean(1).cpu().numpy()
     low, high = float(alpha.min()), float(alpha.max())
@@ -280,7 +288,9 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         codes = latent_space.walk(latent_space.encode(generator.vae, photos), count, flags.loop)
     else:                                 # the way leads through noise, so that every frame is an image from noise
         keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, generator.vae.latent_dim)
-        codes = codes_of(generator, latent_space.walk(keyframes, count, flags.loop))
+        labels = labels_of(flags, flags.keyframes)
+        codes = codes_of(generator, latent_space.walk(keyframes, count, flags.loop),
+                         labels if labels is None else latent_space.walk(labels, count, flags.loop, straight=True))
     return (pictures.grid([image]) for image in render(generator, codes)), count
 
 
@@ -304,7 +314,7 @@ def rolled_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) ->
                 raise InputError(f"--photos gives {len(codes)} starts for {cells} videos: must fit into --grid")
             codes = codes[torch.arange(cells) % len(codes)]
         else:
-            codes = draw_codes(generator, flags.seed, cells)
+            codes = draw_codes(generator, flags, cells)
         window = Window.still(codes, v, past)
     count = max(2, round(flags.seconds * flags.fps))
     return itertools.islice(roll(generator, window, columns), count), count
@@ -322,7 +332,7 @@ def synthetic_frames(generator: Generator, flags: Namespace) -> tuple[Iterator[n
     """--mode synthetic: training's synthetic video of four images. Left the modified output of the decoder, right the
     same through the layer."""
     layer = generator.layer
-    x = generator.vae.decode(on_device(generator, draw_codes(generator, flags.seed, 4)))
+    x = generator.vae.decode(on_device(generator, draw_codes(generator, flags, 4)))
     changes = layer.video.draw(latent_space.rng_of_image(flags.seed, 0)).to(x)
     frames = layer.video(x, changes).clamp(0, 1).chunk(layer.video.num_frames, dim=1)
 
@@ -369,6 +379,8 @@ def make_parser() -> command_line.Parser:
                      help="folder for everything but videos [RUN/generated; for a single file, ./generated]")
     how.add_argument("--format", choices=("png", "webp"), default="png", help="of images [%(default)s]")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of all random z [%(default)s]")
+    how.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME",
+                     help="of a model with classes: those of random z, in turn; a walk leads from one to the next")
     how.add_argument("--mode", choices=MODES, default="walk", help="of the video [%(default)s]")
     how.add_argument("--seconds", type=positive(float), default=8.0, metavar="X", help="of the video [%(default)s]")
     how.add_argument("--fps", type=positive(float), default=20.0, metavar="X", help="frames per second [%(default)s]")
@@ -426,10 +438,23 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     return flags
 
 
+def check_classes(flags: Namespace, c: SimpleNamespace) -> None:
+    """Sets flags.labels, one row per name of --class, (len, K). Raises InputError for a name that is no class."""
+    for name in flags.classes:
+        if not c.CLASSES:
+            raise InputError(f"--class {name}: {flags.run} has no classes: must be a run of training.py --folders "
+                             "classes")
+        if name not in c.CLASSES:
+            raise InputError(f"--class {name}: no class of {flags.run}: must be one of "
+                             f"{', '.join(map(data.printable, c.CLASSES))}")
+    flags.labels = torch.eye(len(c.CLASSES))[[c.CLASSES.index(name) for name in flags.classes]]
+
+
 def start(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     device = command_line.choose_device(flags.device)
     generator, c, saved = load_generator(flags.run, device)
+    check_classes(flags, c)
     flags.axes, flags.learned_motion = saved.get("axes"), learned_motion(saved)              # axes: if the run ended
     for flag, make in SHEETS.items():
         if getattr(flags, flag):

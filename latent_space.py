@@ -38,9 +38,9 @@ def spherical(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     return torch.where(angle < 1e-4, a + t * (b - a), direction * (norm_a + t * (norm_b - norm_a)))
 
 
-def walk(keyframes: Tensor, frames: int, loop: bool = True) -> Tensor:
+def walk(keyframes: Tensor, frames: int, loop: bool = True, straight: bool = False) -> Tensor:
     """Returns a path (frames, D) through the keyframes (K, D). With loop it leads back to the first keyframe, without
-    it the last point is the last keyframe.
+    it the last point is the last keyframe. straight: along lines, as labels need it.
 
     Between two keyframes the speed rises from 0 and falls to 0 along a cosine, so the path has no visible corners.
     """
@@ -49,7 +49,8 @@ def walk(keyframes: Tensor, frames: int, loop: bool = True) -> Tensor:
     for position in torch.arange(frames) * parts / (frames if loop else max(1, frames - 1)):
         start = int(position)
         eased = (1 - torch.cos(torch.pi * (position - start))) / 2
-        path.append(spherical(keyframes[start], keyframes[(start + 1) % len(keyframes)], eased))
+        between = torch.lerp if straight else spherical
+        path.append(between(keyframes[start], keyframes[(start + 1) % len(keyframes)], eased))
     return torch.stack(path)
 
 

@@ -279,20 +279,24 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------------------------- prior
 
 class Prior(nn.Module):
-    """Turns noise into codes as the encoder finds them: z (B, LATENT_DIM) from N(0, I) -> code (B, LATENT_DIM).
+    """Turns noise into codes as the encoder finds them: z (B, LATENT_DIM) from N(0, I), and, of a model with classes, a
+    label (B, K) -> code (B, LATENT_DIM).
 
     Codes of images fill only a part of N(0, I), and what the decoder makes of the rest looks worse (Dai and Wipf 2019,
     "Diagnosing and Enhancing VAE Models"). This flow leads there: it follows dx/dt = velocity(x, t) from x = z at
     t = 0 to t = 1, and learns by losses.flow_matching_loss (Lipman et al. 2023). It starts as the identity.
+
+    A label is 1 at its class and 0 elsewhere, or between two classes; zeros or None stand for any class.
     """
 
     BLOCKS = 3
     STEPS = 8           # of Heun's method, from z to the code
     FREQUENCIES = 16    # of the sines and cosines that stand for t
 
-    def __init__(self, latent_dim: int, width: int):
+    def __init__(self, latent_dim: int, width: int, classes: int = 0):
         super().__init__()
         self.to_hidden = nn.Linear(latent_dim + 2 * self.FREQUENCIES, width)
+        self.of_class = nn.Embedding(classes, width) if classes else None
         self.blocks = nn.ModuleList(nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(self.BLOCKS))
@@ -300,21 +304,23 @@ class Prior(nn.Module):
         nn.init.zeros_(self.to_velocity[1].weight)
         nn.init.zeros_(self.to_velocity[1].bias)
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (N, LATENT_DIM), t (N,) in [0, 1] -> dx/dt (N, LATENT_DIM)."""
+    def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (N, LATENT_DIM), t (N,) in [0, 1], label (N, K) -> dx/dt (N, LATENT_DIM)."""
         with full_precision(x):
             angles = t[:, None] * (math.pi / 2 * torch.arange(1, 1 + self.FREQUENCIES, device=t.device))
             hidden = self.to_hidden(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+            if label is not None:
+                hidden = hidden + label @ self.of_class.weight
             for block in self.blocks:
                 hidden = hidden + block(hidden)
             return self.to_velocity(hidden)
 
-    def forward(self, z):
+    def forward(self, z, label=None):
         step = 1 / self.STEPS
         for i in range(self.STEPS):
             t = torch.full_like(z[:, 0], i * step)
-            before = self.velocity(z, t)
-            after = self.velocity(z + step * before, t + step)
+            before = self.velocity(z, t, label)
+            after = self.velocity(z + step * before, t + step, label)
             z = z + step / 2 * (before + after)
         return z
 
@@ -687,6 +693,11 @@ class Generator(nn.Module):
         self.vae, self.layer, self.prior = vae, layer, prior
         self.feedback = feedback    # share of the way that the code of each frame of a video moves to that of its image
 
+    @property
+    def classes(self) -> int:
+        """The number of classes, 0 for a model without them."""
+        return 0 if self.prior is None or self.prior.of_class is None else self.prior.of_class.num_embeddings
+
     @classmethod
     def from_file(cls, path: str | Path, device="cpu") -> "Generator":
         """Returns the averaged (EMA) generator of a run's folder, checkpoint or weights file. Raises InputError."""
@@ -700,13 +711,14 @@ class Generator(nn.Module):
         alpha = self.layer.alpha(x, earlier, changes, window)
         return self.layer.apply_alpha(x, alpha), alpha
 
-    def forward(self, z):
-        """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]."""
-        return self.render(self.start(z))
+    def forward(self, z, label=None):
+        """z (B, LATENT_DIM) from N(0, I) -> image (B, C, H, W) in [-1, 1]. label (B, K): as in Prior."""
+        return self.render(self.start(z, label))
 
-    def start(self, z: Tensor) -> Tensor:
-        """z (B, LATENT_DIM) from N(0, I) -> code (B, LATENT_DIM) of an image, or of the first frame of a video."""
-        return z if self.prior is None else self.prior(z)
+    def start(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """z (B, LATENT_DIM) from N(0, I) -> code (B, LATENT_DIM) of an image, or of the first frame of a video. label
+        (B, K): as in Prior."""
+        return z if self.prior is None else self.prior(z, label)
 
     def render(self, code: Tensor, earlier: Tensor | None = None, changes: Changes | None = None,
                window: Window | None = None) -> Tensor:
@@ -759,7 +771,7 @@ def build(c: SimpleNamespace, layer_class: type[TransformerParamTanh] = Transfor
         alpha_per_channel=c.ALPHA_PER_CHANNEL, shift=c.VIDEO_SHIFT, brightness=c.VIDEO_BRIGHTNESS, noise=c.VIDEO_NOISE,
         recompute=c.RECOMPUTE_ACTIVATIONS, latent_dim=c.LATENT_DIM,
         motion_dim=c.MOTION_DIM if c.FOLDERS == "clips" else 0)
-    prior = Prior(c.LATENT_DIM, c.PRIOR_WIDTH) if c.PRIOR_WIDTH else None
+    prior = Prior(c.LATENT_DIM, c.PRIOR_WIDTH, len(c.CLASSES)) if c.PRIOR_WIDTH else None
     return Generator(vae, layer, prior, c.FEEDBACK), Discriminator(c.IMAGE_SIZE, c.CHANNELS, c.WIDTH, c.WIDTH_MAX)
 
 

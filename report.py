@@ -44,7 +44,7 @@ RECENT = 5                  # logged lines whose median is the newest value
 SKIPPED_SHOWN = 50          # names of skipped files on the page
 
 BANDS = {"alpha_mean": ("alpha_min", "alpha_max")}                     # around a curve, instead of curves of their own
-KINDS = ("generated", "alpha", "real", "reconstructed", "motion")                # of sample sheets
+KINDS = ("generated", "classes", "alpha", "real", "reconstructed", "motion")                # of sample sheets
 # Longest side in pixels and WebP quality. The first that fits SHEET_BYTES is used: 121 sheets in base64 are 8 MB.
 ENCODINGS = ((640, 85), (640, 65), (512, 50), (384, 35), (256, 20))
 SHEET_BYTES = 48_000

@@ -27,6 +27,8 @@ import random_keys
 import rollouts
 
 PLAIN_LINE_SECONDS = 20        # between two progress lines where there is no terminal for a bar
+CLASSES_SHOWN = 16             # rows of the sample sheet of classes, at most, ...
+IMAGES_PER_CLASS = 8           # ... and its columns
 WARN_AFTER = 5                 # logged lines in a row outside a `lost` range before the warning
 
 # ------------------------------------------------------------------------------------- healthy values
@@ -287,6 +289,13 @@ def write_samples(state, c: SimpleNamespace, image_set, folder: Path) -> None:
     sheets = {kind: pictures.grid(data.to_arrays(part), columns) for kind, part in (
         ("real", data.to_image(real)), ("generated", image), ("reconstructed", reconstructed))}
     sheets["alpha"] = pictures.heat_maps(alpha.mean(1).numpy(), low, high, columns, log=True)
+    if c.CLASSES:                                # one row per class, of the same noise
+        names, z = c.CLASSES[:CLASSES_SHOWN], z[:IMAGES_PER_CLASS]
+        labels = torch.eye(len(c.CLASSES))[:len(names)].repeat_interleave(len(z), dim=0)
+        codes_of_classes = state.ema.start(z.repeat(len(names), 1).to(state.device), labels.to(state.device))
+        made, _ = in_batches(state.ema.image_and_alpha, codes_of_classes)
+        rows = [pictures.grid(data.to_arrays(row), len(z)) for row in made.split(len(z))]
+        sheets["classes"] = pictures.stack(rows, [data.printable(name) for name in names])
     name = f"step_{state.counters['step']:08d}"
     if state.codes is None:
         frames = state.ema.frames(codes[:4]).chunk(c.NUM_FRAMES, dim=1)                     # T of (4, C, H, W)

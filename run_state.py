@@ -31,6 +31,7 @@ DECAY_END = 0.05               # share of the learning rates that is left at DEC
 SIZES = ("IMAGE_SIZE", "CHANNELS", "LATENT_DIM", "PRIOR_WIDTH", "WIDTH", "ENCODER_WIDTH", "WIDTH_MAX", "FINAL_WIDTH",
          "BALANCED_UPSAMPLING", "NOISE_MAPS", "NUM_FRAMES", "PATCH", "TRANSFORMER_DIM", "TRANSFORMER_HEADS",
          "TRANSFORMER_LAYERS", "ALPHA_PER_CHANNEL", "FOLDERS", "MOTION_DIM")
+CLASSES_SHOWN = 8              # names in a message
 
 
 # ------------------------------------------------------------------------------------- state
@@ -278,6 +279,9 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
     if others:
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
+    if saved["CLASSES"] != c.CLASSES:
+        raise InputError(f"run {c.RUN} was trained on {class_names(saved['CLASSES'])}, not on "
+                         f"{class_names(c.CLASSES)}: give it the same class folders, or --run NEWNAME for a new run")
     if saved["PRIOR_WIDTH"] == 0:
         raise InputError(f"run {c.RUN} was made by an earlier version, without a prior: --run NEWNAME --init-from "
                          f"{Path(c.RUNS_DIR) / c.RUN} starts a new run from its weights")
@@ -302,11 +306,19 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
             print(f"{name} is now {new}, was {old}")
 
 
+def class_names(names: Sequence[str]) -> str:
+    """Returns the number of classes and the first of their names, in words."""
+    more = ", ..." if len(names) > CLASSES_SHOWN else ""
+    return f"the {len(names):,} classes {', '.join(map(data.printable, names[:CLASSES_SHOWN]))}{more}"
+
+
 def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
     """Returns the file of INIT_FROM and {part of the state: weights}: the averaged generator, and the critic if the
     file has one. Raises InputError."""
     file, saved = checkpoints.find(c.INIT_FROM)
     others, fitting = other_sizes(c, saved["constants"])
+    if "FOLDERS" in others and "clips" not in (c.FOLDERS, saved["constants"]["FOLDERS"]):    # classes are learned anew
+        others.remove("FOLDERS")
     if "FOLDERS" in others:
         raise InputError(f"--init-from {c.INIT_FROM} was trained with {fitting}: must be a run with --folders "
                          f"{c.FOLDERS}")
@@ -322,7 +334,8 @@ def load_initial_weights(state: State, file: Path, weights: dict) -> None:
         for part in weights:
             model = getattr(state, part)
             new = {name: weight for name, weight in model.state_dict().items() if name.startswith("prior.")}
-            model.load_state_dict(new | weights[part])                     # files of earlier versions have no prior
+            old = {name: weight for name, weight in weights[part].items() if name != "prior.of_class.weight"}
+            model.load_state_dict(new | old)                     # files of earlier versions have no prior
     except RuntimeError as error:
         raise InputError(f"{file}: its networks differ from this version's ({str(error).splitlines()[0]}): use a file "
                          "of this version") from None

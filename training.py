@@ -36,6 +36,7 @@ import evaluate
 import joint
 import latent_space
 import metrics
+import owls
 import report
 import rollouts
 import run_state
@@ -56,12 +57,16 @@ def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[
         if len(os.fsencode(name)) > command_line.RUN_BYTES:
             name = os.fsencode(name)[:command_line.RUN_BYTES].decode(errors="ignore")
         c.RUN = c.RUN or name or "images"
+        if c.FOLDERS == "classes":
+            c.CLASSES = data.find_classes(root, c.RUNS_DIR)
         runs = Path(c.RUNS_DIR).resolve()
         if (runs / c.RUN).is_relative_to(root) and (runs == root or not runs.is_relative_to(root)):
             raise InputError(f"the run's folder {runs / c.RUN} is among the images, and the next start would train on "
                              "its samples: give another --runs-dir")
     else:
-        c.RUN = c.RUN or ("demo_clips" if c.FOLDERS == "clips" else "demo")
+        c.RUN = c.RUN or {"ignore": "demo"}.get(c.FOLDERS, f"demo_{c.FOLDERS}")
+        if c.FOLDERS == "classes":
+            c.CLASSES = sorted(owls.SKIES)
     return c, given
 
 
@@ -93,7 +98,9 @@ def load_data(c: SimpleNamespace) -> data.ImageSet:
     if not root:
         root = demo_folder(c)
         (demo_images.make_clips if c.FOLDERS == "clips" else demo_images.make)(root, size=c.IMAGE_SIZE)
-    return data.load_images_of_run(root, c)
+    image_set = data.load_images_of_run(root, c)
+    data.set_labels(image_set, c)
+    return image_set
 
 
 # ------------------------------------------------------------------------------------- during training

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -21,6 +22,7 @@ from model_definitions import Changes, Generator
 
 CLIP_SAMPLE = 6                # frames of a clip from which it is known where an image of it moves
 PRIOR_DRAWS = 8                # points on the way to each code at which the prior learns
+NO_LABEL_SHARE = 0.1           # share of the codes that the prior learns without their class (Ho and Salimans 2022)
 
 
 # ------------------------------------------------------------------------------------- batch
@@ -50,6 +52,7 @@ class Batch:
     prior_t: Tensor                           # (B, PRIOR_DRAWS) in (0, 1): where the prior learns
     e: Tensor                                 # (B,) in [0, 1), for x_hat
     changes: Changes                          # of the synthetic video, for the whole batch
+    labels: Tensor | None = None              # (B, K): 1 at the image's class, else 0; zeros for NO_LABEL_SHARE
     others: Tensor | None = None              # (B, K*C, H, W) in [-1, 1]: K frames of each image's clip
     first: int = 0                            # position of the first image in the batch of BATCH_SIZE
     shared: bool = False                      # both updates use one pass of the generator
@@ -89,7 +92,8 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  *draw_for_prior(state, c, c.BATCH_SIZE, critic_update),
                  draw(torch.rand, "between", c.BATCH_SIZE),
-                 Changes(*(to_device(tensor, state.device) for tensor in changes)), others, mine.start)
+                 Changes(*(to_device(tensor, state.device) for tensor in changes)),
+                 draw_labels(state, c, image_set, rows, critic_update), others, mine.start)
 
 
 def draw_for_prior(state, c, count: int, critic_update: int) -> tuple[Tensor, Tensor]:
@@ -101,11 +105,24 @@ def draw_for_prior(state, c, count: int, critic_update: int) -> tuple[Tensor, Te
     return to_device(noise, state.device), to_device(t, state.device)
 
 
+def draw_labels(state, c, image_set: data.ImageSet, rows: np.ndarray, critic_update: int) -> Tensor | None:
+    """Returns the labels (B, K) of this rank's images, zeros for NO_LABEL_SHARE of them; None without classes."""
+    if image_set.labels is None:
+        return None
+    mine = state.ranks.slice_of(c.BATCH_SIZE)
+    known = torch.rand(c.BATCH_SIZE, 1, generator=state.rng(c, "labels", critic_update))[mine] >= NO_LABEL_SHARE
+    labels = F.one_hot(torch.from_numpy(image_set.labels[rows]), len(c.CLASSES))
+    return to_device((labels * known).to(torch.get_default_dtype()), state.device)
+
+
 def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the rows of this rank's real images of a critic update, and which are mirrored, with FLIP."""
     mine = state.ranks.slice_of(c.BATCH_SIZE)
     position = (state.counters["step"] * c.N_CRITIC + critic_update) * c.BATCH_SIZE
-    rows = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
+    if c.BALANCE_CLASSES:
+        rows = data.balanced_rows(image_set, c.SEED, position, c.BATCH_SIZE)[mine]
+    else:
+        rows = image_set.train[data.batch_indices(len(image_set.train), c.SEED, position, c.BATCH_SIZE)][mine]
     flips = None
     if c.FLIP:
         flips = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "flip", critic_update)).numpy()[mine] < 0.5
@@ -162,11 +179,14 @@ def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
         return generate(generator, batch).fake
 
 
-def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The prior's flow matching loss, for codes (B, LATENT_DIM) with K draws of noise (B, K, LATENT_DIM) and of t
-    (B, K) each. No gradient reaches the codes."""
+def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The prior's flow matching loss, for codes (B, LATENT_DIM) with D draws of noise (B, D, LATENT_DIM) and of t
+    (B, D) each. labels (B, K): of the codes' classes. No gradient reaches the codes."""
     codes = codes.detach()[:, None].expand_as(noise)
-    return losses.flow_matching_loss(generator.prior.velocity, codes.flatten(0, 1), noise.flatten(0, 1), t.flatten())
+    velocity = generator.prior.velocity
+    if labels is not None:
+        velocity = functools.partial(velocity, label=labels.repeat_interleave(noise.shape[1], dim=0))
+    return losses.flow_matching_loss(velocity, codes.flatten(0, 1), noise.flatten(0, 1), t.flatten())
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -209,7 +229,7 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
         error = losses.motion_weighted_error(fake, batch.real, batch.others)
-    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t)
+    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels)
     yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL) + prior,
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             "prior_error": prior, **alpha_values(alpha)})
