@@ -18,6 +18,7 @@ import image_files
 from errors import InputError
 from image_files import (
     Decoded,
+    Settings,
     check_file,
     check_size,
     conversion_to_srgb,
@@ -206,7 +207,7 @@ def _frames(path, settings, stride):
     return (_video if os.fspath(path).lower().endswith(VIDEOS) else _animation)(path, settings, stride)
 
 
-def last_frames(path: str | os.PathLike, settings: tuple[int, int, int], stride: int, count: int) -> list[np.ndarray]:
+def last_frames(path: str | os.PathLike, settings: Settings, stride: int, count: int) -> list[np.ndarray]:
     """Returns the last `count` of every stride-th frames of a video or animated file, (H, W, C) uint8, the file's last
     one included. Raises InputError."""
     frames = _frames(path, settings, 1)
@@ -218,7 +219,7 @@ def last_frames(path: str | os.PathLike, settings: tuple[int, int, int], stride:
     return list(last)[::-stride][::-1]
 
 
-def decode_video(path: str | os.PathLike, settings: tuple[int, int, int], stride: int,
+def decode_video(path: str | os.PathLike, settings: Settings, stride: int,
                  pixel_file: str | os.PathLike) -> Decoded:
     """Writes every stride-th frame of a video or animated file to pixel_file, one (H, W, C) uint8 after the other.
 

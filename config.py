@@ -20,6 +20,7 @@ CLIP_STRIDE = 1             # every how many frames of a clip one is taken
 IMAGE_SIZE = 128            # side in pixels, a multiple of 16 from 32 to 256; 64 takes a third of the time of 128
 CHANNELS = 3                # 3 colour, 1 grey
 FLIP = False                # mirrors each training image with probability 1/2; on for photos, off where left and right differ
+FIT = "crop"                # of images that are not square. crop: cuts off the ends; pad: adds borders of BACKGROUND; stretch: changes the proportions
 BACKGROUND = 255            # grey level, 0 to 255, behind transparent images
 NUM_WORKERS = -1            # processes that decode images at the first start; -1: one per core, 0: none, in this process
 HELD_OUT_SHARE = 0.02       # share of the images that are never trained on, to measure reconstructions and overfitting; 0: none. Sets below 3,200 images hold out 5% or about 16, those below 80 none

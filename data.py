@@ -32,7 +32,7 @@ import checkpoints
 import clips
 import image_cache
 from errors import InputError
-from image_files import EXTENSIONS, counted, decode, printable, reason_of
+from image_files import EXTENSIONS, Settings, counted, decode, printable, reason_of
 
 if TYPE_CHECKING:    # scan processes import this file, and without torch they start in 0.3 s instead of 6 s
     import torch
@@ -85,9 +85,15 @@ class ImageSet:
         return [self.train[labels == label] for label in np.unique(labels)]
 
 
-def read_photo(path: PathLike, image_size: int, channels: int, background: int = 255) -> np.ndarray:
-    """Returns one file as (H, W, C) uint8, decoded as by load_images. Raises InputError."""
-    decoded = decode(path, (image_size, channels, background))
+def settings_of(c) -> Settings:
+    """Returns how files become pixels in a run with the constants c."""
+    return Settings(c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND, c.FIT)
+
+
+def read_photo(path: PathLike, *settings) -> np.ndarray:
+    """Returns one file as (H, W, C) uint8, decoded as by load_images. settings: those of Settings. Raises InputError.
+    """
+    decoded = decode(path, Settings(*settings))
     if decoded.pixels is None:
         raise InputError(f"{printable(path)}: {decoded.reason}")
     return decoded.pixels
@@ -96,7 +102,7 @@ def read_photo(path: PathLike, image_size: int, channels: int, background: int =
 def read_clip(path: PathLike, c, count: int) -> list[np.ndarray]:
     """Returns the last `count` frames of one clip, or all if it has fewer, (H, W, C) uint8 each, decoded as in a run
     with the constants c. Raises InputError."""
-    settings = c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND
+    settings = settings_of(c)
     if os.path.isdir(path):
         names = sorted((name for name in find_files(path)[0] if not os.path.dirname(name)), key=clips.natural_order)
         found = [read_photo(os.path.join(path, name), *settings) for name in names[::-c.CLIP_STRIDE][:count][::-1]]
@@ -189,18 +195,19 @@ def set_labels(image_set: ImageSet, c) -> None:
 
 def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
                 workers: int = -1, held_out_share: float = 0.02, leave_out: PathLike | None = None,
-                progress: bool = True, folders: str = "ignore", clip_stride: int = 1) -> ImageSet:
+                progress: bool = True, folders: str = "ignore", clip_stride: int = 1, fit: str = "crop") -> ImageSet:
     """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
-    Each image becomes image_size x image_size with 1 or 3 channels; transparent parts show the grey level
-    `background`. `workers` processes decode (-1: one per core, 0: this process). About held_out_share of the images is
-    held out from training, of small sets more (see split). The pixels of an image decide, so equal images are on one
-    side, and no image that was trained on is held out later, when files are added. Does not enter the folder leave_out,
-    for example the folder of the runs. folders: "clips" reads clips (see clips.py), of which every clip_stride-th frame
-    is taken, and holds out whole clips (see clips.split). Raises InputError, RunError if a scan process dies, and
-    OSError if the cache cannot be written.
+    Each image becomes image_size x image_size with 1 or 3 channels; fit and background: as in Settings. `workers`
+    processes decode (-1: one per core, 0: this process). About held_out_share of the images is held out from training,
+    of small sets more (see split). The pixels of an image decide, so equal images are on one side, and no image that
+    was trained on is held out later, when files are added. Does not enter the folder leave_out, for example the folder
+    of the runs. folders: "clips" reads clips (see clips.py), of which every clip_stride-th frame is taken, and holds
+    out whole clips (see clips.split). Raises InputError, RunError if a scan process dies, and OSError if the cache
+    cannot be written.
     """
-    root, cache_dir, settings = os.path.expanduser(root), os.fspath(cache_dir), (image_size, channels, background)
+    root, cache_dir = os.path.expanduser(root), os.fspath(cache_dir)
+    settings = Settings(image_size, channels, background, fit)
     found, skipped = find_files(root, leave_out, folders == "clips")
     of_clip, videos, files = None, None, found
     if folders == "clips":
@@ -249,7 +256,8 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
 
 
 def _cache_settings(settings, folders, clip_stride):
-    return (*settings, folders, clip_stride) if folders == "clips" else settings
+    of_fit = () if settings.fit == "crop" else (settings.fit,)
+    return (*settings[:3], *of_fit, *((folders, clip_stride) if folders == "clips" else ()))
 
 
 def _warnings(images, keys, gone, peaks, noun="image"):
@@ -280,7 +288,8 @@ def load_images_of_run(root: PathLike, c, cache_dir: PathLike | None = None) -> 
     """Calls load_images with a run's constants; prints the warnings, how many files cannot be used, and the first ten.
     The cache is in RUNS_DIR, unless cache_dir is given."""
     image_set = load_images(root, c.IMAGE_SIZE, c.CHANNELS, cache_dir or os.path.join(c.RUNS_DIR, CACHE), c.BACKGROUND,
-                            c.NUM_WORKERS, c.HELD_OUT_SHARE, c.RUNS_DIR, folders=c.FOLDERS, clip_stride=c.CLIP_STRIDE)
+                            c.NUM_WORKERS, c.HELD_OUT_SHARE, c.RUNS_DIR, folders=c.FOLDERS, clip_stride=c.CLIP_STRIDE,
+                            fit=c.FIT)
     noun = "file" if image_set.clip_offsets is None else "clip"
     for line in image_set.warnings:
         print(f"warning: {line}")
@@ -308,7 +317,7 @@ def file_sizes(root: PathLike, c) -> dict[str, int]:
 
 def cached_sizes(root: PathLike, c) -> dict[str, int] | None:
     """Returns file_sizes as the cache of RUNS_DIR knows them, also if root is gone; None if there is no such cache."""
-    settings = _cache_settings((c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND), c.FOLDERS, c.CLIP_STRIDE)
+    settings = _cache_settings(settings_of(c), c.FOLDERS, c.CLIP_STRIDE)
     folder = image_cache.cache_folder(root, settings, os.path.join(c.RUNS_DIR, CACHE))
     try:
         lines = Path(folder, "index.jsonl").read_bytes().split(b"\n")[1:-1]

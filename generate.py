@@ -144,7 +144,7 @@ def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], li
     files = []
     for path in map(Path, paths):
         files += sorted(path / name for name in data.find_files(path)[0]) if path.is_dir() else [path]
-    photos = [data.read_photo(str(f), c.IMAGE_SIZE, c.CHANNELS, c.BACKGROUND) for f in bar(files, len(files), "file")]
+    photos = [data.read_photo(str(f), *data.settings_of(c)) for f in bar(files, len(files), "file")]
     return [f.name for f in files], photos
 
 

@@ -141,7 +141,7 @@ class Cache:
 
 def cache_folder(root: str | os.PathLike, settings: tuple, cache_dir: str | os.PathLike) -> str:
     """Returns the folder for one image folder and one way to decode it: settings (image_size, channels, background),
-    and for clips also ("clips", stride)."""
+    then fit unless it is "crop", and for clips also ("clips", stride)."""
     root, (image_size, channels, *_) = os.path.realpath(root), settings
     # A Pillow that supports another format tries the files again that the cache calls unusable.
     codecs = {"avif", "webp", "libtiff", "jpg", "zlib", "jpg_2000", "littlecms2"} & set(features.get_supported())

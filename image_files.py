@@ -40,6 +40,17 @@ TRANSPOSE = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: 
 TURNED = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))    # width and height change places
 
 
+class Settings(NamedTuple):
+    """How files become pixels. fit, of files that are not square: "crop" resizes the short side to image_size and cuts
+    off the ends, "pad" resizes the long side and adds borders, "stretch" changes the proportions. Transparent parts and
+    borders have the grey level `background`."""
+
+    image_size: int
+    channels: int
+    background: int = 255
+    fit: str = "crop"
+
+
 class Decoded(NamedTuple):
     """One decoded file: (H, W, C) uint8 and a hash of it as a number in [0, 1), or the reason why there are none.
 
@@ -260,20 +271,19 @@ def orientation(picture: Image.Image) -> Image.Transpose | None:
         return TRANSPOSE.get(picture.getexif().get(0x0112))
 
 
-def to_pixels(picture: Image.Image, settings: tuple[int, int, int], conversion: Callable | None = None,
+def to_pixels(picture: Image.Image, settings: Settings, conversion: Callable | None = None,
               transpose: Image.Transpose | None = None, deep: bool = False) -> tuple[np.ndarray, float | None]:
-    """Returns a loaded picture as (H, W, C) uint8: upright, short side resized to image_size, centre crop; its peak.
-
-    Transparent parts show the grey level `background`. deep: the file has 16 bits per value, and Pillow kept 8.
-    """
-    image_size, channels, background = settings
+    """Returns a loaded picture as (H, W, C) uint8, upright and resized as Settings say, and its peak. deep: the file
+    has 16 bits per value, and Pillow kept 8."""
+    image_size, channels, background, fit = settings
     if picture.mode == "CMYK" and conversion is not None:
         whole, peak = picture, None    # the profile needs all four channels
     else:
         whole, peak = _eight_bit(picture)
     if deep and peak is None:
         peak = max(high for _, high in whole.convert("RGB").getextrema()) / 255
-    small = ImageOps.fit(whole, (image_size, image_size), Image.Resampling.BICUBIC)
+    resize = {"crop": ImageOps.fit, "pad": ImageOps.contain, "stretch": Image.Image.resize}[fit]
+    small = resize(whole, (image_size, image_size), Image.Resampling.BICUBIC)
     alpha = small.getchannel("A") if small.mode == "RGBA" else None
     if conversion is not None:
         small = conversion(small)
@@ -284,12 +294,13 @@ def to_pixels(picture: Image.Image, settings: tuple[int, int, int], conversion: 
     if transpose is not None:
         small = small.transpose(transpose)
     small = small.convert("L" if channels == 1 else "RGB")
+    small = ImageOps.pad(small, (image_size, image_size), color=background if channels == 1 else (background,) * 3)
     return np.array(small).reshape(image_size, image_size, channels), peak
 
 
 def _decode(path, settings):
     """Returns the pixels of one file, their peak, and (1, width, height) of the upright picture."""
-    image_size, channels, _ = settings
+    image_size, channels = settings.image_size, settings.channels
     with open_picture(path) as picture:
         width, height = picture.size
         conversion = conversion_to_srgb(picture, path)
@@ -321,7 +332,7 @@ def failure(error: Exception) -> Decoded:
     return Decoded(reason=" ".join(text.split())[:120] or type(error).__name__)
 
 
-def decode(path: str | os.PathLike, settings: tuple[int, int, int]) -> Decoded:
+def decode(path: str | os.PathLike, settings: Settings) -> Decoded:
     """Returns Decoded for one file, with a short reason without the path if it cannot be used."""
     try:
         with warnings.catch_warnings():

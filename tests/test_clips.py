@@ -23,6 +23,7 @@ import command_line
 import data
 import image_cache
 from errors import InputError
+from image_files import Settings
 
 SIZE = 16
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 200, 30), (30, 30, 200), (100, 100, 100)
@@ -301,7 +302,7 @@ def test_a_broken_video_gives_frames_or_a_reason(tmp_path, kind):
     write_video(original, (RED, GREEN, BLUE, GREY), size=(32, 32))
 
     def read(file):
-        decoded = clips.decode_video(file, (SIZE, 3, 255), 1, tmp_path / "pixels")
+        decoded = clips.decode_video(file, Settings(SIZE, 3), 1, tmp_path / "pixels")
         if decoded.key is None:
             assert decoded.reason and "\n" not in decoded.reason and str(tmp_path) not in decoded.reason
             raise InputError(file.name)
@@ -383,7 +384,8 @@ def test_each_stride_has_its_own_cache_and_that_of_images_stays(tmp_path, decode
 
 def test_the_place_of_an_image_cache_is_that_of_earlier_versions(monkeypatch):
     monkeypatch.setattr(features, "get_supported", lambda: ["webp", "jpg"])
-    assert image_cache.cache_folder("/data/faces", (64, 3, 255), "c") == os.path.join("c", "faces-64x3-765872283442")
+    settings = data._cache_settings(Settings(64, 3), "ignore", 1)
+    assert image_cache.cache_folder("/data/faces", settings, "c") == os.path.join("c", "faces-64x3-765872283442")
 
 
 def test_one_frame_of_a_video_is_in_memory_at_a_time(tmp_path):
@@ -391,7 +393,7 @@ def test_one_frame_of_a_video_is_in_memory_at_a_time(tmp_path):
     write_video(tmp_path / "v.webp", levels, size=(32, 32))
     tracemalloc.start()
     try:
-        decoded = clips.decode_video(tmp_path / "v.webp", (64, 3, 255), 1, tmp_path / "pixels")
+        decoded = clips.decode_video(tmp_path / "v.webp", Settings(64, 3), 1, tmp_path / "pixels")
         assert tracemalloc.get_traced_memory()[1] < 20 * 64 * 64 * 3    # of 200 frames
     finally:
         tracemalloc.stop()
@@ -475,7 +477,7 @@ def test_a_scan_that_ends_early_leaves_no_process_and_is_continued(tmp_path, dec
 def test_a_scan_that_ends_early_stops_its_processes_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "POOL_FROM", 1)
     root = write_frames(tmp_path, range(image_cache.CHUNK + 1))
-    results = image_cache._decode_all([(f"{root}/{name}", None) for name in sorted(os.listdir(root))], (SIZE, 3, 255),
+    results = image_cache._decode_all([(f"{root}/{name}", None) for name in sorted(os.listdir(root))], Settings(SIZE, 3),
                                       stride=1, workers=1)
     assert next(results).key is not None
     processes = multiprocessing.active_children()
@@ -503,9 +505,9 @@ def test_a_video_is_a_task_of_its_own_and_two_are_worth_processes(monkeypatch):
     assert [len(chunk) for chunk in chunks] == [3, 1, 1, 16, 16, 3, 1, 9]
     monkeypatch.setattr(image_cache, "ProcessPoolExecutor", started)
     monkeypatch.setattr(image_cache, "_decode_files", lambda *_: ["decoded"])
-    assert next(image_cache._decode_all([("a", "part"), ("b", None)], (SIZE, 3, 255), 1, workers=1)) == "decoded"
+    assert next(image_cache._decode_all([("a", "part"), ("b", None)], Settings(SIZE, 3), 1, workers=1)) == "decoded"
     with pytest.raises(RuntimeError, match="processes"):
-        next(image_cache._decode_all([("a", "part"), ("b", "part")], (SIZE, 3, 255), 1, workers=1))
+        next(image_cache._decode_all([("a", "part"), ("b", "part")], Settings(SIZE, 3), 1, workers=1))
 
 
 # ------------------------------------------------------------------------------------- split

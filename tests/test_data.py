@@ -298,12 +298,14 @@ def test_a_kill_while_the_cache_is_sorted_loses_nothing(tmp_path, image_folder, 
     assert_as_fresh(images, root, tmp_path)
 
 
-def test_each_size_channel_count_and_background_has_its_own_cache(tmp_path, image_folder):
+def test_each_size_channel_count_background_and_fit_has_its_own_cache(tmp_path, image_folder):
     root = image_folder(2)
     for size, channels, background in ((16, 3, 255), (32, 3, 255), (16, 1, 255), (16, 3, 0)):
         images = load(root, tmp_path, size=size, channels=channels, background=background)
         assert images.images.shape == (2, size, size, channels)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    for fit in ("crop", "pad", "stretch"):                          # the first is that of (16, 3, 255)
+        load(root, tmp_path, size=16, channels=3, fit=fit)
+    assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
 @pytest.mark.parametrize("error, reason", [

@@ -170,6 +170,30 @@ def test_the_short_side_is_resized_and_the_centre_cut_out(tmp_path):
         assert np.abs(data.read_photo(tmp_path / "a.png", 16, 3)[2:-2, 2:-2].astype(int) - 200).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(200, 100), (100, 200)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fit_cuts_off_adds_borders_or_changes_the_proportions(tmp_path, size, channels):
+    """An image with a black, a grey and a white third along its long side: where these thirds are."""
+    tall = size[1] > size[0]
+    line = np.repeat(np.array([0, 128, 255], np.uint8), [67, 66, 67])
+    pixels = np.broadcast_to(line[:, None] if tall else line[None], size[::-1])
+    Image.fromarray(np.repeat(pixels[..., None], 3, axis=2)).save(tmp_path / "a.png")
+
+    def middle(fit):                  # the values along the two middle lines: of the long side, and of the short one
+        found = data.read_photo(tmp_path / "a.png", 48, channels, 200, fit)[..., 0].astype(int)
+        found = found.T if tall else found
+        return found[24], found[:, 24]
+
+    along, across = middle("stretch")
+    assert np.abs(along[[2, 24, 45]] - [0, 128, 255]).max() <= 1 and np.ptp(across) <= 1
+    along, across = middle("pad")
+    assert np.abs(along[[2, 24, 45]] - [0, 128, 255]).max() <= 1
+    assert np.abs(across[[0, 11, 13, 34, 36, 47]] - [200, 200, 128, 128, 200, 200]).max() <= 1
+    along, across = middle("crop")
+    assert np.abs(along[[1, 24, 46]] - [0, 128, 255]).max() <= 1 and np.abs(across - 128).max() <= 1
+    assert np.abs(along - middle("stretch")[0]).max() > 50            # a third of the crop is two thirds of its sides
+
+
 def test_fine_stripes_become_grey_without_moire(tmp_path):
     stripes = np.zeros((512, 512), np.uint8)
     stripes[:, ::2] = 255
@@ -221,7 +245,7 @@ def test_a_file_that_cannot_be_used_has_a_reason(tmp_path, monkeypatch, name, re
     elif name != "gone.jpg":
         Image.effect_noise((200, 200), 50).convert("RGB").save(file)
         os.truncate(file, file.stat().st_size * 2 // 3)
-    seen = image_files.decode(file, (32, 3, 255)).reason
+    seen = image_files.decode(file, image_files.Settings(32, 3)).reason
     assert reason in seen and str(tmp_path) not in seen and "\n" not in seen and 0 < len(seen) <= 120
 
 
@@ -241,7 +265,7 @@ def test_peak_is_the_largest_share_of_the_range_of_16_bit_and_float_images(tmp_p
     nine(np.arange(9, dtype=np.float32) / 32).save(tmp_path / "float.tif")
     (tmp_path / "deep.png").write_bytes(png(1, 1, 16, b"\0" + struct.pack(">3H", 0, 10 * 257, 51 * 257)))
     nine(np.arange(9, dtype=np.uint8)).save(tmp_path / "plain.png")
-    peaks = {file.name: image_files.decode(file, (16, 3, 255)).peak for file in tmp_path.iterdir()}
+    peaks = {file.name: image_files.decode(file, image_files.Settings(16, 3)).peak for file in tmp_path.iterdir()}
     assert peaks == {"deep.tif": 4000 / 65535, "float.tif": 0.25, "deep.png": 0.2, "plain.png": None}
 
 
