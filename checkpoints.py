@@ -7,6 +7,7 @@ complete under its name or absent: it is written to a temporary file, flushed to
 import contextlib
 import errno
 import io
+import json
 import os
 import re
 import zipfile
@@ -29,6 +30,7 @@ REQUIRED = {"format", "constants", "counters", "ema"}        # also in a file of
 OLDER = {"RECOMPUTE_ACTIVATIONS": False, "FINAL_WIDTH": 0, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False,
          "FOLDERS": "ignore", "CLIP_STRIDE": 1, "MOTION_DIM": 6, "FEEDBACK": 0.2, "PRIOR_WIDTH": 0,
          "CLASSES": [], "BALANCE_CLASSES": False, "FIT": "crop"}
+SAFETENSORS, SAFETENSORS_PARTS = ".safetensors", ("ema", "axes")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)       # what a file system without locks answers
 
 
@@ -117,6 +119,27 @@ def save_as(file: str | Path, state: dict) -> None:
         handle.write(buffer.getbuffer())
 
 
+def save_safetensors(file: str | Path, weights: dict) -> None:
+    """Writes weights for sharing (export.weights_only) as a safetensors file: tensors "ema.NAME" and "axes.NAME", and
+    everything else as JSON in its metadata. Raises InputError without the package."""
+    from_package = need_safetensors(file)
+    tensors = {f"{part}.{name}": tensor.contiguous() for part in SAFETENSORS_PARTS
+               for name, tensor in weights.get(part, {}).items()}
+    others = {name: json.dumps(value) for name, value in weights.items() if name not in SAFETENSORS_PARTS}
+    with atomic_write(file) as handle:
+        handle.write(from_package.save(tensors, {"format": json.dumps(FORMAT), **others}))
+
+
+def need_safetensors(file: str | Path):
+    """Returns the module safetensors.torch. Raises InputError if it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError(f"{file}: this kind of file needs the package safetensors, which is not installed: pip "
+                         "install -r requirements-extras.txt") from None
+    return safetensors.torch
+
+
 def delete_unsound(folder: str | Path) -> None:
     """Deletes the unsound files of a checkpoint folder."""
     for file in step_files(folder, sound=False):
@@ -138,9 +161,14 @@ def load(file: str | Path, device="cpu") -> dict:
     """
     import torch
     try:
-        with zipfile.ZipFile(file) as container:
-            damaged = container.testzip()
-        state = None if damaged else torch.load(file, map_location=device, weights_only=True)
+        if Path(file).suffix == SAFETENSORS:
+            damaged, state = None, load_safetensors(file, device)
+        else:
+            with zipfile.ZipFile(file) as container:
+                damaged = container.testzip()
+            state = None if damaged else torch.load(file, map_location=device, weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file}: no such file") from None
     except Exception as error:      # BadZipFile, RuntimeError, ValueError, EOFError, ...: depends on the damage
@@ -156,6 +184,19 @@ def load(file: str | Path, device="cpu") -> dict:
     if REQUIRED - state.keys() or not isinstance(state["constants"], dict):
         raise DamagedCheckpoint(f"{file}: not a checkpoint of this project")
     state["constants"] = OLDER | state["constants"]
+    return state
+
+
+def load_safetensors(file: str | Path, device) -> dict:
+    """Returns what save_safetensors was given. Raises InputError without the package, and other errors for a damaged
+    file."""
+    need_safetensors(file)
+    import safetensors
+    with safetensors.safe_open(file, "pt", device=str(device)) as content:
+        state = {name: json.loads(text) for name, text in content.metadata().items()}
+        for name in content.keys():                                   # noqa: SIM118  it is no dict
+            part, _, rest = name.partition(".")
+            state.setdefault(part, {})[rest] = content.get_tensor(name)
     return state
 
 

@@ -2,11 +2,12 @@
 
     python export.py runs/NAME --out NAME.onnx      # ONNX: z, offset -> image; of clips, a step of a video
     python export.py runs/NAME --out NAME.pt        # weights only, half precision; generate.py reads it like a run
+    python export.py runs/NAME --out NAME.safetensors    # the same in the format of other tools
     python export.py runs/NAME --web DIR            # a page that runs in the browser: python -m http.server -d DIR
 
-ONNX and the page need requirements-extras.txt. The page also needs the npm package onnxruntime-web: `npm` downloads
-it, or --ort names a folder with it. All exports use the averaged (EMA) generator. An ONNX model is written only if
-onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
+ONNX, safetensors and the page need requirements-extras.txt. The page also needs the npm package onnxruntime-web: `npm`
+downloads it, or --ort names a folder with it. All exports use the averaged (EMA) generator. An ONNX model is written
+only if onnxruntime's images are within one level of 255 of torch's; otherwise the exit status is 1.
 
 offset is added to the code of z, such as a multiple of a principal axis; zeros for none. Any batch size works. A model
 with classes has a third input, label: 1 at a class and 0 elsewhere, in the order of the folders' names; zeros for any.
@@ -54,6 +55,7 @@ NO_LIMIT = 2 ** 40                  # bytes
 TIMED_RUNS = 11                     # their median is printed
 CHECKED_FRAMES = 32                 # of a video
 SLIDERS = 8                         # principal axes on the page
+WEIGHTS = (".pt", checkpoints.SAFETENSORS)                                # files of weights for sharing
 PAGE = Path(__file__).with_name("web_page.html")
 ORT_PACKAGE = "onnxruntime-web@1.30.0"
 ORT_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")      # what a browser needs to run on the CPU
@@ -101,7 +103,7 @@ def write_weights(file: Path, saved: dict, generator: Generator, about: str) -> 
     shared, c = model_definitions.from_checkpoint(weights)
     z = latent_space.draw_z(0, 0, 16, c.LATENT_DIM)
     difference = levels_apart(torch_images(generator, z), torch_images(shared, z))
-    checkpoints.save_as(file, weights)
+    (checkpoints.save_as if file.suffix == ".pt" else checkpoints.save_safetensors)(file, weights)
     print(f"{file}: {megabytes(file)}; half precision changed 16 images by at most {difference:.2f} levels of 255")
 
 
@@ -304,7 +306,8 @@ def write_page(folder: Path, saved: dict, generator: Generator, c: SimpleNamespa
 def start(argv: Sequence[str] | None) -> None:
     parser = command_line.Parser("export.py", __doc__)
     parser.add_argument("run", help="a run's folder, or a single checkpoint or weights file")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="FILE.onnx, or FILE.pt for the weights only")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="FILE.onnx, or for the weights only FILE.pt or FILE.safetensors")
     parser.add_argument("--web", type=Path, metavar="DIR", help="folder for a web page that runs in the browser")
     parser.add_argument("--ort", metavar="DIR",
                         help="folder with onnxruntime-web's files, such as an earlier page [npm downloads them]")
@@ -314,8 +317,8 @@ def start(argv: Sequence[str] | None) -> None:
     out, web = arguments.out, arguments.web
     if not out and not web:
         raise InputError("nothing to do: give --out FILE, --web DIR, or both")
-    if out and out.suffix not in (".onnx", ".pt"):
-        raise InputError(f"--out {out} is invalid: must end with .onnx or .pt")
+    if out and out.suffix not in (".onnx", *WEIGHTS):
+        raise InputError(f"--out {out} is invalid: must end with .onnx, .pt or .safetensors")
     if arguments.ort and not web:
         raise InputError(f"--ort {arguments.ort} is for a page: give --web DIR too")
     for name in ONNX_PACKAGES if web or out.suffix == ".onnx" else ():
@@ -324,7 +327,7 @@ def start(argv: Sequence[str] | None) -> None:
                              "requirements-extras.txt")
     source, saved = checkpoints.find(arguments.run, warn=lambda line: print(line, file=sys.stderr))
     generator, c = model_definitions.from_checkpoint(saved)
-    if out and out.suffix == ".pt":
+    if out and out.suffix in WEIGHTS:
         if out.exists() and out.resolve().parent == source.resolve().parent:
             raise InputError(f"--out {out} exists beside the weights that are read: give another name")
         write_weights(out, saved, generator, arguments.about)

@@ -477,8 +477,8 @@ def test_a_scan_that_ends_early_leaves_no_process_and_is_continued(tmp_path, dec
 def test_a_scan_that_ends_early_stops_its_processes_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "POOL_FROM", 1)
     root = write_frames(tmp_path, range(image_cache.CHUNK + 1))
-    results = image_cache._decode_all([(f"{root}/{name}", None) for name in sorted(os.listdir(root))], Settings(SIZE, 3),
-                                      stride=1, workers=1)
+    files = [(f"{root}/{name}", None) for name in sorted(os.listdir(root))]
+    results = image_cache._decode_all(files, Settings(SIZE, 3), stride=1, workers=1)
     assert next(results).key is not None
     processes = multiprocessing.active_children()
     results.close()

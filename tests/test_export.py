@@ -24,6 +24,7 @@ import config
 import export
 import latent_space
 import training
+from errors import InputError
 from model_definitions import Generator, Window
 
 pytest_plugins = ["chromium"]
@@ -161,8 +162,10 @@ def test_a_video_model_with_other_images_is_not_written(clips_run, video, monkey
 
 # ------------------------------------------------------------------------------------- weights for sharing
 
-def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path, capsys):
-    file, again = tmp_path / "shared.pt", tmp_path / "again.pt"
+@pytest.mark.parametrize("kind, other", [(".pt", ".safetensors"), (".safetensors", ".pt")])
+def test_a_weights_file_holds_half_the_averaged_weights_and_nothing_private(trained, tmp_path, capsys, kind, other):
+    pytest.importorskip("safetensors", reason="the optional package safetensors is not installed")
+    file, again = tmp_path / f"shared{kind}", tmp_path / f"again{other}"
     assert export.main([str(trained), "--out", str(file), "--about", "drawn by a test"]) == 0
     line = capsys.readouterr().out
     assert f"{file}: {file.stat().st_size / 1e6:.1f} MB" in line and "levels of 255" in line
@@ -185,6 +188,24 @@ def test_only_the_name_of_the_data_folder_is_shared(trained, path, name):
     saved = checkpoints.find(trained)[1]
     saved["constants"]["DATA"] = path
     assert export.weights_only(saved)["constants"]["DATA"] == name
+
+
+def test_a_damaged_safetensors_file_and_a_missing_package_are_one_line(trained, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("safetensors", reason="the optional package safetensors is not installed")
+    file = tmp_path / "shared.safetensors"
+    assert export.main([str(trained), "--out", str(file)]) == 0
+    content = file.read_bytes()
+    for broken in (content[:100], content[:-10], b""):
+        file.write_bytes(broken)
+        with pytest.raises(checkpoints.DamagedCheckpoint, match="damaged"):
+            checkpoints.load(file)
+    file.write_bytes(content)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="needs the package safetensors"):
+        checkpoints.load(file)
+    capsys.readouterr()
+    assert export.main([str(trained), "--out", str(file)]) == 2
+    assert "needs the package safetensors" in capsys.readouterr().err and file.read_bytes() == content
 
 
 # ------------------------------------------------------------------------------------- the page's folder
