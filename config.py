@@ -95,6 +95,7 @@ RECOMPUTE_ACTIVATIONS = False    # computes the generator's blocks twice to save
 
 # ------------------------------------------------------------------------------------- logging
 LOG_EVERY = 20              # steps between lines of metrics.jsonl
+TENSORBOARD = False         # also writes the logged values and the sample sheets for TensorBoard, which requirements-extras.txt installs
 SAMPLE_EVERY = 1_000        # steps between sample sheets; more often at the start: 0, 50, 100, 200, 400, ...
 SAMPLE_COUNT = 36           # images per sample sheet
 EVALUATE_EVERY = 1_000      # steps between scores of generated images, which choose best.pt; 0: none

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import checkpoints
@@ -323,13 +324,15 @@ def strips(videos: tuple[torch.Tensor, torch.Tensor, torch.Tensor], every: int =
 # ------------------------------------------------------------------------------------- log
 
 class Log:
-    """metrics.jsonl of a run, and the progress bar, or plain lines where the output is no terminal."""
+    """metrics.jsonl of a run, the same for TensorBoard, and the progress bar, or plain lines where the output is no
+    terminal."""
 
     def __init__(self, folder: Path, c: SimpleNamespace, step: int):
-        self.c, self.path = c, Path(folder) / "metrics.jsonl"
+        self.c, self.path = c, folder / "metrics.jsonl"
         self.lines_outside, self.disk_full = collections.Counter(), False
         self.start_at(step)
         self.last_progress = self.started
+        self.board = open_board(folder / "tensorboard", step) if c.TENSORBOARD else None
         self.bar = tqdm(total=c.STEPS, initial=step, dynamic_ncols=True, disable=not sys.stderr.isatty(),
                         bar_format="{percentage:3.0f}%|{bar:5}| {n}/{total} {desc}")
 
@@ -345,6 +348,9 @@ class Log:
         """Continues at an earlier step, after a rollback."""
         self.file.close()
         self.start_at(step)
+        if self.board:
+            self.board.close()
+            self.board = open_board(self.path.parent / "tensorboard", step)
         self.bar.n = step
         self.bar.refresh()
 
@@ -390,6 +396,19 @@ class Log:
             with contextlib.suppress(OSError):
                 self.file.close()                # drops what could not be written
             self.file = self.path.open("a", encoding="utf-8")
+        if self.board:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, line["step"])
+
+    def show_samples(self) -> None:
+        """Copies the newest sample sheets to TensorBoard."""
+        if self.board:
+            files = sorted((self.path.parent / "samples").glob("step_*.png"))
+            for step, kind, file in (file.stem.split("_")[1:] + [file] for file in files):
+                if step in files[-1].name:
+                    self.board.add_image(kind, np.array(Image.open(file)), int(step), dataformats="HWC")
+            self.board.flush()
 
     def warn(self, step, values):
         """Prints what is wrong and what to try, once per value, after WARN_AFTER lines in a row outside `lost`."""
@@ -420,6 +439,14 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def open_board(folder: Path, step: int):
+    """Returns a SummaryWriter. TensorBoard does not show any more what it was given before for later steps."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 class NoLog:

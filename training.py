@@ -15,6 +15,7 @@ import errors  # noqa: F401  first: Ctrl-C during the other imports ends with on
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -50,6 +51,9 @@ from training_step import training_step
 def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[str]]:
     """Returns the run's constants with DATA and RUN filled in, and the names that were given as flags."""
     c, given = command_line.parse_constants(argv, "training.py", __doc__)
+    if c.TENSORBOARD and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard, which is not installed: pip install -r "
+                         "requirements-extras.txt")
     if c.DATA:
         root = Path(os.path.expanduser(c.DATA)).resolve()
         c.DATA = str(root)
@@ -222,14 +226,14 @@ def write_if_possible(state: run_state.State, *writers) -> None:
 def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, folder: Path) -> int:
     """Trains until STEPS, MINUTES or a signal: step, log, samples, scores, checkpoint. Returns the exit status."""
     counters, ranks, started = state.counters, state.ranks, time.monotonic()
-    samples = functools.partial(write_samples, state, c, image_set, folder / "samples")
     page = functools.partial(report.write, folder)
 
     with StopSignal() as stop:
         saver, evaluation = run_state.Saver(state, c, folder), Evaluation(state, c, image_set)
         log = Log(folder, c, counters["step"]) if ranks.is_first else NoLog()
+        samples = functools.partial(write_samples, state, c, image_set, folder / "samples"), log.show_samples
         if counters["step"] == 0:
-            write_if_possible(state, samples, functools.partial(page, live=True))
+            write_if_possible(state, *samples, functools.partial(page, live=True))
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it
         signal_number = time_up = 0
         while counters["step"] < c.STEPS and not signal_number and not time_up:
@@ -246,7 +250,7 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
                 run_state.roll_back(state, c, saver, log)
                 continue
             if is_sample_step(counters["step"], c.SAMPLE_EVERY):
-                write_if_possible(state, samples, functools.partial(page, live=True))
+                write_if_possible(state, *samples, functools.partial(page, live=True))
             evaluation.step(log, saver)
             # A signal or a clock reaches one rank; all ranks must act on it at the same step.
             signal_number, time_up, due = distributed.maximum(ranks, [
@@ -262,7 +266,7 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
         check_weights(state)
         file = finish(state, image_set, saver, stop) if ranks.is_first else folder      # rank 0 reports a failure
         if not signal_number and not is_sample_step(counters["step"], c.SAMPLE_EVERY):
-            write_if_possible(state, samples)
+            write_if_possible(state, *samples)
         write_if_possible(state, functools.partial(page, live=False))
         distributed.gather(ranks, None)          # torchrun ends all ranks when the first one exits
     print(f"step {counters['step']} of {c.STEPS}: checkpoint {file or 'not written'}; images and curves in "

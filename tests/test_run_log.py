@@ -1,5 +1,6 @@
 """What a run shows while it trains: the table of healthy values, warnings, the log on a full disk, words."""
 
+import importlib.util
 import json
 import re
 import resource
@@ -8,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, error_line, lines
+from PIL import Image
 
 import command_line
 import config
@@ -194,3 +196,28 @@ def test_samples_come_early_and_then_at_their_distance():
     steps = [step for step in range(5001) if run_log.is_sample_step(step, 1000)]
     assert steps == [0, 50, 100, 200, 400, 800, 1000, 2000, 3000, 4000, 5000]
     assert [step for step in range(61) if run_log.is_sample_step(step, 20)] == [0, 20, 40, 60]
+
+
+# ------------------------------------------------------------------------------------- TensorBoard
+
+def test_tensorboard_gets_the_values_of_the_log_and_the_newest_sheets_also_after_a_resume(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for steps in ("4", "6"):
+        assert run("--steps", steps, "--tensorboard") == 0
+    folder = tmp_path / "runs" / "photos"
+    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    logged = {line["step"]: line["reconstruction"] for line in lines(tmp_path)}
+    points = {event.step: event.value for event in found.Scalars("reconstruction")}
+    assert points == pytest.approx(logged, rel=1e-6) and sorted(points) == [2, 4, 6]
+    assert {"generated", "real", "reconstructed", "alpha"} <= set(found.Tags()["images"])
+    newest = max(found.Images("generated"), key=lambda event: event.step)
+    with Image.open(folder / "samples" / "step_00000006_generated.png") as sheet:
+        assert newest.step == 6 and (newest.width, newest.height) == sheet.size
+
+
+def test_a_missing_tensorboard_is_named(run, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run("--steps", "1", "--tensorboard") == 2
+    assert "--tensorboard needs the package tensorboard" in error_line(capsys)
