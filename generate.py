@@ -1,6 +1,7 @@
 """Images and videos from a trained model, and photos through it.
 
     python generate.py RUN --images 64 --seed 1 --out DIR       # DIR/seed1_00000.png ... and seed1_grid.png
+    python generate.py RUN --seeds 1-10,42                      # the first image of each of these seeds
     python generate.py RUN --video walk.mp4 --seconds 8         # a looping walk; or .webp, .gif, a new folder
     python generate.py RUN --video v.mp4 --mode roll --grid 4x4 # of a model of clips: videos that start from noise
     python generate.py RUN --images 64 --class cats dogs        # of a model with classes: of these, in turn
@@ -50,6 +51,7 @@ from model_definitions import Generator, Window, learned_motion, load_generator
 
 BATCH = 16                                        # images per pass through the generator
 CODES = 256                                       # codes per pass through the prior
+SEEDS_LIMIT = 100_000                             # of a range of --seeds
 GRID_LIMIT = 256                                  # images on a sheet at most
 WAITING_LIMIT = 64                                # images that wait to be written at most
 STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)          # along a principal axis, in standard deviations of encoded images
@@ -151,12 +153,19 @@ def read_photos(paths: Sequence[str], c: SimpleNamespace) -> tuple[list[str], li
 # Each of the following functions makes one kind of output and returns the name and the pixels of its sheet.
 
 def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
-    """--images N: single files and a grid. Threads compress and write the files while the model computes the next."""
+    """--images N, or the first image of each of --seeds: single files and a grid. Threads compress and write the files
+    while the model computes the next."""
     shown, waiting, started = [], collections.deque(), time.monotonic()
-    codes = draw_codes(generator, flags, flags.images)
+    if flags.seeds:
+        names, sheet = [f"seed{seed}_{0:05d}" for seed in flags.seeds], "seeds_grid"
+        z = torch.cat([latent_space.draw_z(seed, 0, 1, generator.vae.latent_dim) for seed in flags.seeds])
+        codes = codes_of(generator, z, labels_of(flags, len(z)))
+    else:
+        names, sheet = [f"seed{flags.seed}_{i:05d}" for i in range(flags.images)], f"seed{flags.seed}_grid"
+        codes = draw_codes(generator, flags, flags.images)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for i, image in enumerate(bar(render(generator, codes), len(codes), "image")):
-            file = flags.out / f"seed{flags.seed}_{i:05d}.{flags.format}"
+            file = flags.out / f"{names[i]}.{flags.format}"
             waiting.append(pool.submit(pictures.save_picture, file, image))
             if len(waiting) > WAITING_LIMIT:
                 waiting.popleft().result()
@@ -165,7 +174,7 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         for saved in waiting:
             saved.result()
     print(f"{len(codes)} images, {len(codes) / (time.monotonic() - started):.1f} per second")
-    return f"seed{flags.seed}_grid", pictures.grid(shown)
+    return sheet, pictures.grid(shown)
 
 
 def reconstruct(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
@@ -359,8 +368,8 @@ def progress_frames(run: str) -> tuple[Iterator[np.ndarray], int]:
 
 # ------------------------------------------------------------------------------------- command line
 
-SHEETS = {"images": make_images, "reconstruct": reconstruct, "interpolate": interpolate, "direction": edit,
-          "directions": show_axes, "alpha_maps": map_alpha}
+SHEETS = {"images": make_images, "seeds": make_images, "reconstruct": reconstruct, "interpolate": interpolate,
+          "direction": edit, "directions": show_axes, "alpha_maps": map_alpha}
 
 
 def make_parser() -> command_line.Parser:
@@ -368,6 +377,7 @@ def make_parser() -> command_line.Parser:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a single checkpoint or weights file")
     what = parser.add_argument_group("what to make")
     what.add_argument("--images", type=positive(int), metavar="N", help="images of random z")
+    what.add_argument("--seeds", type=seed_list, metavar="1-10,42", help="the first image of each of these seeds")
     what.add_argument("--video", type=Path, metavar="FILE", help=".mp4, .webp, .gif, or the name of a new folder")
     what.add_argument("--reconstruct", nargs="+", metavar="PHOTO", help="photos through encoder and decoder")
     what.add_argument("--interpolate", nargs=2, metavar="PHOTO", help="from one photo to another")
@@ -408,6 +418,19 @@ def grid_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def seed_list(text: str) -> list[int]:
+    """"1-3,42" -> [1, 2, 3, 42]."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + SEEDS_LIMIT:
+            raise argparse.ArgumentTypeError(f"{text} is invalid: must be seeds or ranges of at most {SEEDS_LIMIT:,}, "
+                                             "such as 1-10,42")
+        found += range(first, last + 1)
+    return found
+
+
 def parse(argv: Sequence[str] | None) -> Namespace:
     """Returns the flags. Raises InputError for flags that do not fit, before anything is rendered."""
     flags = make_parser().parse_args(argv)
@@ -434,6 +457,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if flags.motion_seed < 0:
         raise InputError(f"--motion-seed {flags.motion_seed} is invalid: must be 0 or more")
     run = Path(flags.run)
+    if flags.images and flags.seeds:
+        raise InputError("--images and --seeds both name the images: must be one of them")
     flags.out = flags.out or (Path() if run.is_file() else run) / "generated"
     return flags
 

@@ -85,6 +85,16 @@ def test_one_seed_is_one_image_at_any_count(make, tmp_path):
     assert np.abs(np.subtract(few, many)).max() <= 1 < np.abs(np.subtract(few, other)).max()
 
 
+def test_seeds_are_the_first_images_of_these_seeds(make, tmp_path):
+    make("--seeds", "1-3,42", "--out", tmp_path / "seeds")
+    for seed in (1, 2, 3, 42):
+        make("--images", 1, "--seed", seed, "--out", tmp_path / "one")
+    names = sorted(f.name for f in (tmp_path / "seeds").iterdir())
+    assert names == [*(f"seed{seed}_00000.png" for seed in (1, 2, 3, 42)), "seeds_grid.png"]
+    for name in names[:-1]:
+        assert np.abs(read(tmp_path / "seeds" / name) - read(tmp_path / "one" / name)).max() <= 1
+
+
 def test_images_come_from_the_averaged_generator(make, run, tmp_path):
     make("--images", 1, source=next((run / "checkpoints").iterdir()))
     assert read(tmp_path / "seed0_00000.png").std() > 5                      # the weights of "generator" are all zero
@@ -340,6 +350,10 @@ def test_alpha_maps_are_beside_their_images(make, tmp_path, capsys):
 @pytest.mark.parametrize("argv,words", [
     (["{run}"], "nothing to do"), (["{run}", "--images", "0"], "--images"), (["{run}", "--video", "a.avi"], ".gif"),
     (["{tmp}/none", "--images", "1"], "no such run"), (["{tmp}", "--images", "1"], "no checkpoint"),
+    (["{run}", "--images", "1", "--seeds", "1"], "must be one of them"),
+    (["{run}", "--seeds", "3-1"], "3-1 is invalid: must be seeds or ranges"),
+    (["{run}", "--seeds", "1,-2"], "is invalid: must be seeds or ranges"),
+    (["{run}", "--seeds", "0-100000"], "at most 100,000"),
     (["{run}", "--images", "1", "--seed", "-1"], "--seed -1 is invalid: must be 0 or more"),
     (["{run}", "--video", "a.gif", "--fps", "99"], "99 frames per second is invalid for a.gif: must be 1 to 50"),
     (["{run}", "--images", "1", "--out", "{tmp}/file/out"], "{tmp}/file"),
