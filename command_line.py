@@ -24,7 +24,7 @@ if TYPE_CHECKING:    # torch takes seconds to import, and not every script needs
     import torch
 
 DERIVED = ("TRANSFORMER_IN_CHANNELS", "CLASSES")
-IMAGE_SIZES = range(32, 257, 16)
+IMAGE_SIZES = range(32, 513, 16)
 RUN_BYTES = 200                  # file systems allow 255 for a name
 
 # Constants with limits of their own: a test, and what the value must be. The others are checked for their sign.

@@ -35,7 +35,7 @@ def test_flags_override_config_and_derived_constants_follow():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--image-size", "100"], ["--image-size 100 is invalid: must be one of 32, 48, 64", "256"]),
+    (["--image-size", "100"], ["--image-size 100 is invalid: must be one of 32, 48, 64", "512"]),
     (["--image-size", "big"], ["--image-size", "big"]),
     (["--channels", "2"], ["--channels 2", "1 or 3"]),
     (["--batch-siz", "3"], ["--batch-siz"]),
