@@ -29,7 +29,7 @@ REQUIRED = {"format", "constants", "counters", "ema"}        # also in a file of
 # Constants that older files lack, with the values that rebuild their networks.
 OLDER = {"RECOMPUTE_ACTIVATIONS": False, "FINAL_WIDTH": 0, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False,
          "FOLDERS": "ignore", "CLIP_STRIDE": 1, "MOTION_DIM": 6, "FEEDBACK": 0.2, "PRIOR_WIDTH": 0,
-         "CLASSES": [], "BALANCE_CLASSES": False, "FIT": "crop", "TENSORBOARD": False}
+         "CLASSES": [], "BALANCE_CLASSES": False, "FIT": "crop", "TENSORBOARD": False, "AUGMENT": 0.0}
 SAFETENSORS, SAFETENSORS_PARTS = ".safetensors", ("ema", "axes")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)       # what a file system without locks answers
 

@@ -32,6 +32,7 @@ LIMITS = {
     "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, f"one of {', '.join(map(str, IMAGE_SIZES))}"),
     "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
     "FOLDERS": (lambda v: v in ("ignore", "classes", "clips"), "ignore, classes or clips"),
+    "AUGMENT": (lambda v: v == -1 or 0 <= v < 1, "0 or more and below 1, or -1"),
     "FIT": (lambda v: v in ("crop", "pad", "stretch"), "crop, pad or stretch"),
     "DEVICE": (lambda v: v in ("auto", "cuda", "mps", "cpu"), "auto, cuda, mps or cpu"),
     "BACKGROUND": (lambda v: 0 <= v <= 255, "0 to 255"),

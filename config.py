@@ -19,6 +19,7 @@ BALANCE_CLASSES = False     # classes: all classes are trained on equally often,
 CLIP_STRIDE = 1             # every how many frames of a clip one is taken
 IMAGE_SIZE = 128            # side in pixels, a multiple of 16 from 32 to 512; 64 takes a third of the time of 128; above 256 set PATCH to 32
 CHANNELS = 3                # 3 colour, 1 grey
+AUGMENT = -1.0              # share of the training images that are turned, shifted and recoloured; generated ones are not. -1: by the size of the set, see docs/running.md
 FLIP = False                # mirrors each training image with probability 1/2; on for photos, off where left and right differ
 FIT = "crop"                # of images that are not square. crop: cuts off the ends; pad: adds borders of BACKGROUND; stretch: changes the proportions
 BACKGROUND = 255            # grey level, 0 to 255, behind transparent images

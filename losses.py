@@ -58,15 +58,17 @@ def kl_divergence(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
 
 
-def flow_matching_loss(velocity: Callable[[Tensor, Tensor], Tensor], code: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def flow_matching_loss(velocity: Callable[[Tensor, Tensor], Tensor], code: Tensor, noise: Tensor, t: Tensor,
+                       weight: Tensor | None = None) -> Tensor:
     """Mean over all elements of |velocity(x_t, t) - (code - noise)|^2, x_t = noise + t * (code - noise) (Lipman et al.
     2023, "Flow Matching for Generative Modeling", with their sigma_min 0).
 
-    code (N, D), noise (N, D) from N(0, I), t (N,) in [0, 1]. At its minimum, velocity carries N(0, I) at t = 0 to the
-    distribution of the codes at t = 1.
+    code (N, D), noise (N, D) from N(0, I), t (N,) in [0, 1], weight (N,) of each code. At its minimum, velocity carries
+    N(0, I) at t = 0 to the distribution of the codes at t = 1.
     """
     change = code - noise
-    return (velocity(noise + t[:, None] * change, t) - change).square().mean()
+    error = (velocity(noise + t[:, None] * change, t) - change).square()
+    return error.mean() if weight is None else (weight[:, None] * error).mean()
 
 
 def size_factor(elements: int) -> float:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import augmentation
 import data
 import losses
 import update
@@ -53,6 +54,7 @@ class Batch:
     e: Tensor                                 # (B,) in [0, 1), for x_hat
     changes: Changes                          # of the synthetic video, for the whole batch
     labels: Tensor | None = None              # (B, K): 1 at the image's class, else 0; zeros for NO_LABEL_SHARE
+    prior_weight: Tensor | None = None        # (B,): of each code in the prior's loss, 0 of changed images
     others: Tensor | None = None              # (B, K*C, H, W) in [-1, 1]: K frames of each image's clip
     first: int = 0                            # position of the first image in the batch of BATCH_SIZE
     shared: bool = False                      # both updates use one pass of the generator
@@ -88,12 +90,18 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         frames = frames_of_clips(image_set, rows)
         others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
-    return Batch(read_images(image_set, rows, state.device, flips),
+    real, prior_weight = read_images(image_set, rows, state.device, flips), None
+    if share := augmentation.share_of(c, len(image_set.train)):
+        draws = draw(torch.rand, "augment", c.BATCH_SIZE, augmentation.DRAWS)
+        kept = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update)) >= share
+        prior_weight = to_device((kept * len(kept) / kept.sum().clamp_min(1))[mine], state.device)
+        real = torch.where(prior_weight[:, None, None, None] > 0, real, augmentation.augment(real, draws))
+    return Batch(real,
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  *draw_for_prior(state, c, c.BATCH_SIZE, critic_update),
                  draw(torch.rand, "between", c.BATCH_SIZE),
                  Changes(*(to_device(tensor, state.device) for tensor in changes)),
-                 draw_labels(state, c, image_set, rows, critic_update), others, mine.start)
+                 draw_labels(state, c, image_set, rows, critic_update), prior_weight, others, mine.start)
 
 
 def draw_for_prior(state, c, count: int, critic_update: int) -> tuple[Tensor, Tensor]:
@@ -179,14 +187,16 @@ def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
         return generate(generator, batch).fake
 
 
-def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None,
+               weight: Tensor | None = None) -> Tensor:
     """The prior's flow matching loss, for codes (B, LATENT_DIM) with D draws of noise (B, D, LATENT_DIM) and of t
-    (B, D) each. labels (B, K): of the codes' classes. No gradient reaches the codes."""
-    codes = codes.detach()[:, None].expand_as(noise)
-    velocity = generator.prior.velocity
-    if labels is not None:
-        velocity = functools.partial(velocity, label=labels.repeat_interleave(noise.shape[1], dim=0))
-    return losses.flow_matching_loss(velocity, codes.flatten(0, 1), noise.flatten(0, 1), t.flatten())
+    (B, D) each. labels (B, K): of the codes' classes; weight (B,): of each code. No gradient reaches the codes."""
+    def for_each_draw(tensor):
+        return None if tensor is None else tensor.repeat_interleave(noise.shape[1], dim=0)
+
+    velocity = functools.partial(generator.prior.velocity, label=for_each_draw(labels))
+    return losses.flow_matching_loss(velocity, for_each_draw(codes.detach()), noise.flatten(0, 1), t.flatten(),
+                                     for_each_draw(weight))
 
 
 # ------------------------------------------------------------------------------------- algorithm
@@ -229,7 +239,8 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
         error = losses.motion_weighted_error(fake, batch.real, batch.others)
-    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels)
+    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels,
+                       batch.prior_weight)
     yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL) + prior,
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             "prior_error": prior, **alpha_values(alpha)})

@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's backgrou
 SMALL = ["--image-size", "32", "--batch-size", "4", "--width", "8", "--encoder-width", "4", "--width-max", "32",
          "--latent-dim", "16", "--prior-width", "16", "--transformer-dim", "24", "--transformer-layers", "2", "--patch",
          "8", "--num-frames", "4", "--sample-count", "4", "--num-workers", "0", "--device", "cpu", "--log-every", "2",
-         "--gp-every", "2"]
+         "--gp-every", "2", "--augment", "0"]
 
 
 def draw_images(folder, count, size=40, seed=0):

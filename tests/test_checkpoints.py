@@ -59,7 +59,8 @@ def test_a_damaged_or_foreign_file_is_named_and_the_older_one_used(tmp_path, dam
 def test_a_constant_that_an_older_file_lacks_gets_a_value_that_suits_its_networks(tmp_path):
     older = {"RECOMPUTE_ACTIVATIONS": False, "BALANCED_UPSAMPLING": False, "NOISE_MAPS": False, "FOLDERS": "ignore",
              "CLIP_STRIDE": 1, "MOTION_DIM": 6, "FEEDBACK": 0.2, "PRIOR_WIDTH": 0,
-             "CLASSES": [], "BALANCE_CLASSES": False, "FIT": "crop", "TENSORBOARD": False}
+             "CLASSES": [], "BALANCE_CLASSES": False, "FIT": "crop", "TENSORBOARD": False,
+             "AUGMENT": 0.0}
     checkpoints.save(tmp_path, state(), 1)
     assert checkpoints.newest(tmp_path)[1]["constants"] == {"FINAL_WIDTH": 0, **older}
     checkpoints.save(tmp_path, {**state(), "constants": {"FINAL_WIDTH": 12}}, 2)

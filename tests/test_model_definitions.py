@@ -204,7 +204,7 @@ def test_the_prior_follows_the_velocity_of_a_gaussian(monkeypatch, rng):
     """The straight paths from N(0, 1) to N(m, s^2) have a velocity in closed form, which carries z to m + s * z."""
     m, s = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.5, 0.8, 1.5])
 
-    def velocity(x, t):
+    def velocity(x, t, label):
         t = t[:, None]
         return m + (t * s ** 2 - (1 - t)) / ((1 - t) ** 2 + t ** 2 * s ** 2) * (x - t * m)
 

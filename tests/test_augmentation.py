@@ -1,0 +1,172 @@
+"""Changed training images: what augment does, and that only unchanged images reach the prior."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, draw_images
+
+import augmentation
+import command_line
+import data
+import losses
+import run_state
+import training_step
+from distributed import SINGLE, Ranks
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*flags) returns a new state whose prior's last layer is random, its constants and 12 images."""
+    root = draw_images(tmp_path / "photos", 12)
+
+    def new(*flags, ranks=SINGLE):
+        c, _ = command_line.parse_constants([*SMALL, "--batch-size", "8", *flags])
+        image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, tmp_path / "cache", workers=0, progress=False)
+        state = run_state.new_state(c, torch.device("cpu"), ranks)
+        head = state.generator.prior.to_velocity[1].weight
+        head.data.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        return state, c, image_set
+    return new
+
+
+def draws(**changes):
+    """The draws of one image that change nothing, except those given by name, in [-1, 1]."""
+    names = ("angle", "scale", "x", "y", "hue", "contrast", "brightness")
+    assert len(names) == augmentation.DRAWS and set(changes) <= set(names)
+    return torch.tensor([[(1 + changes.get(name, 0)) / 2 for name in names]], dtype=torch.get_default_dtype())
+
+
+# ------------------------------------------------------------------------------------- one image
+
+@pytest.fixture
+def image(float64):
+    """A smooth image in [-0.7, 0.7], bright at the right and below its middle."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 65), torch.linspace(-1, 1, 65), indexing="ij")
+    bump = torch.exp(-((x - 0.3) ** 2 + (y - 0.1) ** 2) / 0.05)
+    return torch.stack([0.7 * bump, -0.5 * bump, 0.2 * bump])[None]
+
+
+def centre(image):
+    """The place (x, y) of the brightest part, as shares of half the side."""
+    weight = image[0, 0].clamp_min(0)
+    place = (torch.arange(65) - 32) / 32.5
+    return ((weight.sum(0) * place).sum() / weight.sum()).item(), ((weight.sum(1) * place).sum() / weight.sum()).item()
+
+
+def test_draws_in_the_middle_change_nothing(image):
+    torch.testing.assert_close(augmentation.augment(image, draws()), image, atol=1e-12, rtol=0)
+
+
+def test_a_shift_moves_by_its_share_of_the_side(image):
+    x, y = centre(image)
+    moved = centre(augmentation.augment(image, draws(x=0.8, y=-1)))
+    assert moved == pytest.approx((x - 0.8 * 2 * augmentation.SHIFT, y + 2 * augmentation.SHIFT), abs=2e-3)
+
+
+def test_a_turn_and_a_scale_are_about_the_centre(image):
+    x, y = centre(image)
+    angle, scale = augmentation.ANGLE, math.exp(augmentation.SCALE)
+    turned = centre(augmentation.augment(image, draws(angle=1)))
+    expected = (math.cos(angle) * x + math.sin(angle) * y, -math.sin(angle) * x + math.cos(angle) * y)
+    assert turned == pytest.approx(expected, abs=2e-3)
+    assert centre(augmentation.augment(image, draws(scale=1))) == pytest.approx((scale * x, scale * y), abs=2e-3)
+
+
+def test_hue_keeps_greys_lengths_and_means_and_has_the_angle(float64):
+    angles = torch.tensor([0.4, -1.1, 2 * math.pi / 3])
+    matrices, grey = augmentation.turned_hue(angles), torch.full((3,), 0.3)
+    torch.testing.assert_close(matrices @ grey, grey.expand(3, 3), atol=1e-12, rtol=0)
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).expand(3, 3, 3), atol=1e-12, rtol=0)
+    torch.testing.assert_close((matrices.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2, angles.cos(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(matrices[2] @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-12, rtol=0)
+
+
+def test_contrast_and_brightness_are_linear_and_clamped(image):
+    made = augmentation.augment(image, draws(contrast=1, brightness=-0.5))
+    expected = (1 + augmentation.CONTRAST) * image - 0.5 * augmentation.BRIGHTNESS
+    torch.testing.assert_close(made, expected.clamp(-1, 1), atol=1e-12, rtol=0)
+    assert augmentation.augment(torch.ones_like(image), draws(brightness=1)).max() == 1
+
+
+def test_each_image_has_its_own_change_and_grey_images_work():
+    images = torch.rand(5, 1, 32, 32) * 2 - 1
+    numbers = torch.rand(5, augmentation.DRAWS)
+    whole = augmentation.augment(images, numbers)
+    one_by_one = [augmentation.augment(images[i:i + 1], numbers[i:i + 1]) for i in range(5)]
+    torch.testing.assert_close(whole, torch.cat(one_by_one), atol=1e-6, rtol=0)
+    assert ((whole - images).abs().mean((1, 2, 3)) > 0.05).all()
+
+
+# ------------------------------------------------------------------------------------- in training
+
+@pytest.mark.parametrize("flags, images, share", [
+    ((), 50, 0.7), ((), 300, 0.7), ((), 949, 0.35), ((), 3000, 0), ((), 10 ** 6, 0), (("--augment", "0.2"), 50, 0.2),
+    (("--augment", "0"), 50, 0), (("--folders", "clips"), 50, 0), (("--folders", "clips", "--augment", "0.5"), 50, 0)])
+def test_the_share_follows_the_size_of_the_set_unless_it_is_given(flags, images, share):
+    c, _ = command_line.parse_constants(list(flags))
+    assert augmentation.share_of(c, images) == pytest.approx(share, abs=1e-3)
+
+
+def test_a_batch_has_its_share_of_changed_images_which_weigh_nothing_for_the_prior(start):
+    state, c, image_set = start("--augment", "0.6")
+    unchanged = 0
+    for state.counters["step"] in range(40):
+        batch = training_step.draw_batch(state, c, image_set, 0)
+        rows, _ = training_step.rows_of_images(state, c, image_set, 0)
+        as_it_is = [torch.equal(image, real) for image, real in
+                    zip(batch.real, training_step.read_images(image_set, rows, state.device))]
+        assert as_it_is == (batch.prior_weight > 0).tolist()
+        unchanged += sum(as_it_is)
+        if any(as_it_is):
+            assert batch.prior_weight.mean().item() == pytest.approx(1)
+    assert unchanged / 320 == pytest.approx(0.4, abs=0.08)
+
+
+def test_without_changes_a_batch_is_as_before(start):
+    state, c, image_set = start()
+    assert training_step.draw_batch(state, c, image_set, 0).prior_weight is None
+
+
+def test_changed_images_have_no_part_in_the_priors_loss(start, float64):
+    state, _, _ = start()
+    rng = torch.Generator().manual_seed(1)
+    codes, noise, t = (torch.randn(4, 16, generator=rng), torch.randn(4, 3, 16, generator=rng),
+                       torch.rand(4, 3, generator=rng))
+    weight = torch.tensor([2.0, 0, 0, 2.0])
+    found = training_step.prior_loss(state.generator, codes, noise, t, weight=weight)
+    kept = [0, 3]
+    assert found.item() == pytest.approx(training_step.prior_loss(state.generator, codes[kept], noise[kept],
+                                                                  t[kept]).item(), rel=1e-12)
+    equal = torch.ones(3)
+    velocity = state.generator.prior.velocity
+    assert losses.flow_matching_loss(velocity, codes[:3], noise[:3, 0], t[:3, 0], equal) == losses.flow_matching_loss(
+        velocity, codes[:3], noise[:3, 0], t[:3, 0])
+
+
+def test_ranks_and_micro_batches_share_the_changes_of_a_batch(start):
+    state, c, image_set = start("--augment", "0.5")
+    whole, parts = training_step.draw_batch(state, c, image_set, 0), []
+    for rank in range(2):
+        state, c, image_set = start("--augment", "0.5", ranks=Ranks(rank, 2))
+        parts += training_step.draw_batch(state, c, image_set, 0).pieces(2)
+    torch.testing.assert_close(torch.cat([part.real for part in parts]), whole.real, atol=1e-6, rtol=0)
+    assert torch.equal(torch.cat([part.prior_weight for part in parts]), whole.prior_weight)
+
+
+def test_micro_batches_change_no_gradient(start, float64):
+    found = []
+    for flags in ((), ("--micro-batch", "2")):
+        state, c, image_set = start("--augment", "0.5", *flags)
+        training_step.training_step(state, c, image_set)
+        found.append({name: p.grad for name, p in state.generator.named_parameters() if name.startswith("prior.")})
+    assert all(gradient.abs().sum() > 0 for name, gradient in found[0].items() if "velocity" in name)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-8, atol=1e-14)
+
+
+def test_a_batch_without_unchanged_images_trains_all_but_the_prior(start):
+    state, c, image_set = start("--augment", "0.9999")
+    values = training_step.training_step(state, c, image_set)
+    assert values["prior_error"] == 0 and np.isfinite(float(values["generator_loss"]))
