@@ -44,7 +44,8 @@ def augment(images: Tensor, draws: Tensor) -> Tensor:
     images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     if images.shape[1] == 3:
         images = torch.einsum("bij,bjhw->bihw", turned_hue(HUE * hue), images)
-    images = images * (1 + CONTRAST * contrast)[:, None, None, None] + BRIGHTNESS * brightness[:, None, None, None]
+    if images.shape[1] < 4:                                  # colours times opacity would no longer fit to opacity
+        images = images * (1 + CONTRAST * contrast)[:, None, None, None] + BRIGHTNESS * brightness[:, None, None, None]
     return images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 

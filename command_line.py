@@ -30,7 +30,7 @@ RUN_BYTES = 200                  # file systems allow 255 for a name
 # Constants with limits of their own: a test, and what the value must be. The others are checked for their sign.
 LIMITS = {
     "IMAGE_SIZE": (lambda v: v in IMAGE_SIZES, f"one of {', '.join(map(str, IMAGE_SIZES))}"),
-    "CHANNELS": (lambda v: v in (1, 3), "1 or 3"),
+    "CHANNELS": (lambda v: v in (1, 3, 4), "1, 3 or 4"),
     "FOLDERS": (lambda v: v in ("ignore", "classes", "clips"), "ignore, classes or clips"),
     "AUGMENT": (lambda v: v == -1 or 0 <= v < 1, "0 or more and below 1, or -1"),
     "FIT": (lambda v: v in ("crop", "pad", "stretch"), "crop, pad or stretch"),

@@ -198,7 +198,7 @@ def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathL
                 progress: bool = True, folders: str = "ignore", clip_stride: int = 1, fit: str = "crop") -> ImageSet:
     """Finds, decodes and caches the images below `root`; a later call decodes only new and changed files.
 
-    Each image becomes image_size x image_size with 1 or 3 channels; fit and background: as in Settings. `workers`
+    Each image becomes image_size x image_size with 1, 3 or 4 channels, as Settings say. `workers`
     processes decode (-1: one per core, 0: this process). About held_out_share of the images is held out from training,
     of small sets more (see split). The pixels of an image decide, so equal images are on one side, and no image that
     was trained on is held out later, when files are added. Does not enter the folder leave_out, for example the folder

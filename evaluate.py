@@ -80,7 +80,7 @@ def progress(parts: Sequence, description: str) -> tqdm:
 
 @dataclass
 class Extractor:
-    """uint8 images (N, 1 or 3, H, W) -> features (N, D), float32, both on the CPU. Raises InputError if the network,
+    """uint8 images (N, 1, 3 or 4, H, W) -> features (N, D), float32, both on the CPU. Raises InputError if the network,
     float32 (N, 3, H, W) in [0, 1] on `device` -> (N, D), returns anything but finite floats of that shape."""
 
     network: Callable[[Tensor], Tensor]
@@ -92,7 +92,10 @@ class Extractor:
         parts = []
         batch = CPU_FEATURES_BATCH if torch.device(self.device).type == "cpu" else BATCH
         for pixels in progress(images.split(batch), "features"):
-            found = self.network((pixels.to(self.device).float() / 255).expand(-1, 3, -1, -1))
+            pixels = pixels.to(self.device).float() / 255
+            if pixels.shape[1] == 4:                              # colours times opacity, and opacity: over white
+                pixels = (pixels[:, :3] + 1 - pixels[:, 3:]).clamp_max(1)
+            found = self.network(pixels.expand(-1, 3, -1, -1))
             if not (isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(pixels)
                     and found.is_floating_point() and found.isfinite().all()):
                 what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

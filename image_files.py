@@ -43,7 +43,8 @@ TURNED = tuple(TRANSPOSE[orientation] for orientation in (5, 6, 7, 8))    # widt
 class Settings(NamedTuple):
     """How files become pixels. fit, of files that are not square: "crop" resizes the short side to image_size and cuts
     off the ends, "pad" resizes the long side and adds borders, "stretch" changes the proportions. Transparent parts and
-    borders have the grey level `background`."""
+    borders have the grey level `background`, with 4 channels they are transparent: red, green and blue are multiplied
+    by the fourth channel, opacity, so that what cannot be seen is 0."""
 
     image_size: int
     channels: int
@@ -290,12 +291,16 @@ def to_pixels(picture: Image.Image, settings: Settings, conversion: Callable | N
     if alpha is not None:
         small = small.convert("RGB")
         small.putalpha(alpha)
+    if alpha is not None and channels < 4:
         small = Image.alpha_composite(Image.new("RGBA", small.size, (background, background, background, 255)), small)
     if transpose is not None:
         small = small.transpose(transpose)
-    small = small.convert("L" if channels == 1 else "RGB")
-    small = ImageOps.pad(small, (image_size, image_size), color=background if channels == 1 else (background,) * 3)
-    return np.array(small).reshape(image_size, image_size, channels), peak
+    mode, border = {1: ("L", background), 3: ("RGB", (background,) * 3), 4: ("RGBA", (0, 0, 0, 0))}[channels]
+    small = ImageOps.pad(small.convert(mode), (image_size, image_size), color=border)
+    pixels = np.array(small).reshape(image_size, image_size, channels)
+    if channels == 4:
+        pixels[..., :3] = np.rint(pixels[..., :3] * (pixels[..., 3:] / 255))
+    return pixels, peak
 
 
 def _decode(path, settings):

@@ -35,15 +35,24 @@ KMEANS_PIXELS = 2 ** 17         # k-means refines the palettes of GIF frames up 
 
 # ------------------------------------------------------------------------------------- sheets
 
+def opaque(images: np.ndarray) -> np.ndarray:
+    """Returns images (..., H, W, C) without transparency: of 4 channels, colours times opacity and opacity, as
+    (..., H, W, 3) over white."""
+    if images.shape[-1] != 4:
+        return images
+    return np.minimum(images[..., :3].astype(np.int16) + 255 - images[..., 3:], 255).astype(np.uint8)
+
+
 def grid(images: Sequence[np.ndarray] | np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Returns the images side by side, row by row: uint8 (N, H, W, 1 or 3) -> (rows of H, columns of W, 3).
+    """Returns the images side by side, row by row: uint8 (N, H, W, 1, 3 or 4) -> (rows of H, columns of W, 3).
 
     columns: None makes a sheet that is nearly square. gap: pixels between two images. Raises ValueError for another
     type or shape, or no image.
     """
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"{images.dtype} {images.shape} is invalid: must be uint8 (N, H, W, 1 or 3), N at least 1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or len(images) == 0:
+        raise ValueError(f"{images.dtype} {images.shape} is invalid: must be uint8 (N, H, W, 1, 3 or 4), N at least 1")
+    images = opaque(images)
     count, height, width, _ = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
@@ -145,14 +154,18 @@ def heat_maps(values: np.ndarray, low: float, high: float, columns: int | None =
 # ------------------------------------------------------------------------------------- files
 
 def save_picture(file: str | Path, picture: np.ndarray) -> None:
-    """Writes uint8 (H, W, 3), or grey (H, W) or (H, W, 1), as PNG or WebP (quality 95, a third of the size), by the
-    suffix, atomically.
+    """Writes uint8 (H, W, 3), grey (H, W) or (H, W, 1), or (H, W, 4), colours times opacity and opacity, as PNG or WebP
+    (quality 95, a third of the size), by the suffix, atomically.
 
     Raises ValueError for another suffix, OSError if the file cannot be written.
     """
     suffix = Path(file).suffix.lower()
     if suffix not in (".png", ".webp"):
         raise ValueError(f"{file} is invalid: must be .png or .webp")
+    if picture.shape[2:] == (4,):
+        opacity = np.maximum(picture[..., 3:], 1) / 255
+        picture = np.concatenate([np.rint(np.minimum(picture[..., :3] / opacity, 255)).astype(np.uint8),
+                                  picture[..., 3:]], axis=2)
     image = Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
     with atomic_write(file) as handle:
         image.save(handle, suffix[1:], quality=95)

@@ -19,7 +19,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # Flags of other programs: pip, torchrun, sbatch.
 FOREIGN = {"--no-deps", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port",
            "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint", "--nodes", "--ntasks-per-node",
-           "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--dependency"}
+           "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--dependency", "--logdir"}
 
 
 def code(page):
