@@ -1,8 +1,11 @@
-"""Random changes of training images, so that a VAE and a critic of few images learn more than these images.
+"""Random changes of training images, so that VAE and critic learn more than the images of a small set.
 
 Changed images are trained on like others, but the prior learns only the codes of unchanged ones. So no generated image
 is tilted or recoloured by it: unlike with other adversarial networks (Karras et al. 2020, "Training Generative
 Adversarial Networks with Limited Data"), no change can leak, at any share.
+
+The share of changed images rises while the prior overfits: while its error is larger on the codes of held-out images
+than on those of training images.
 """
 
 import math
@@ -11,8 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW, MANY, LARGEST_SHARE = 300, 3_000, 0.7     # automatic share: LARGEST_SHARE up to FEW images, 0 from MANY on
-DRAWS = 7                                      # numbers that augment needs for each image
+import data
+import distributed
+import losses
+import random_keys
+
+CHECK_EVERY = 100       # steps between two checks of whether the prior overfits
+CHECKED = 64            # images of each side, and ...
+CHECKED_DRAWS = 16      # ... points on the way to each code
+TOLERATED = 0.15        # larger error on held-out images, as a share, up to which the prior does not overfit
+RISE_KIMG = 16          # thousand images in which the share would rise from 0 to 1
+LARGEST_SHARE = 0.7
+FEW = 80                # images; smaller sets, which hold none out, have this share from the start
+DRAWS = 7               # numbers that augment needs for each image
 
 # Largest changes, to both sides.
 ANGLE = 0.2             # radians
@@ -23,14 +37,33 @@ CONTRAST = 0.2          # share of the range
 BRIGHTNESS = 0.2        # in values of [-1, 1]
 
 
-def share_of(c, images: int) -> float:
-    """Returns the share of changed images: AUGMENT, or, if that is below 0, one that suits a set of so many images. 0
-    for clips, whose frames belong together."""
-    if c.FOLDERS == "clips":
-        return 0
-    if c.AUGMENT >= 0:
-        return c.AUGMENT
-    return LARGEST_SHARE * min(1, max(0, math.log(MANY / images) / math.log(MANY / FEW)))
+def update_share(state, c, image_set: data.ImageSet) -> None:
+    """Sets the counter "augment", the share of changed images, before a step: AUGMENT, or, if that is -1, what the
+    checks say. 0 for clips, whose frames belong together."""
+    counters = state.counters
+    if c.FOLDERS == "clips" or c.AUGMENT >= 0:
+        counters["augment"] = 0.0 if c.FOLDERS == "clips" else c.AUGMENT
+    elif not len(image_set.held_out):
+        counters["augment"] = LARGEST_SHARE if len(image_set.train) < FEW else 0.0
+    elif counters["step"] % CHECK_EVERY == 0:
+        overfits = distributed.on_rank_0(state.ranks, lambda: overfitting(state, image_set) > TOLERATED)
+        change = CHECK_EVERY * c.BATCH_SIZE / (1000 * RISE_KIMG) * (1 if overfits else -1)
+        counters["augment"] = min(LARGEST_SHARE, max(0.0, counters["augment"] + change))
+
+
+@torch.no_grad()
+def overfitting(state, image_set: data.ImageSet) -> float:
+    """Returns by which share the prior's error is larger on held-out images than on training images, of CHECKED images
+    each and always with the same noise."""
+    errors = []
+    for rows in (image_set.held_out, image_set.train):
+        order = random_keys.numpy_generator(0, "overfitting").permutation(len(rows))[:CHECKED]
+        pixels = data.read_batch(image_set, rows[order]).to(state.device)
+        code = state.generator.vae.encode(data.to_image(pixels))[0].repeat_interleave(CHECKED_DRAWS, dim=0)
+        rng = random_keys.torch_generator(0, "overfitting")
+        noise, t = torch.randn(code.shape, generator=rng), torch.randn(len(code), generator=rng).sigmoid()
+        errors.append(losses.flow_matching_loss(state.generator.prior.velocity, code, noise.to(code), t.to(code)))
+    return (errors[0] / errors[1]).item() - 1
 
 
 def augment(images: Tensor, draws: Tensor) -> Tensor:

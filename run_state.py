@@ -57,6 +57,7 @@ class State:
     step_end: torch.cuda.Event | None = None    # of the newest step (update.wait_for_the_step_before)
     counters: dict = field(default_factory=lambda: {"step": 0, "images_seen": 0, "rollbacks": 0, "lr_scale": 1.0,
                                                     "skipped_updates": 0, "skipped_in_a_row": 0, "best": None,
+                                                    "augment": 0.0,     # share of changed images
                                                     "stage": 1})    # of a run on clips: the newest that has begun
 
     PARTS = ("generator", "critic", "ema", "generator_optimizer", "critic_optimizer")

@@ -72,8 +72,8 @@ class Batch:
 
     @property
     def kind(self) -> str:
-        """Batches of one kind can share a CUDA graph."""
-        return "images"
+        """Batches of one kind can share a CUDA graph: those with the same tensors."""
+        return "images" if self.prior_weight is None else "images, some of them changed"
 
 
 def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
@@ -91,7 +91,7 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
     real, prior_weight = read_images(image_set, rows, state.device, flips), None
-    if share := augmentation.share_of(c, len(image_set.train)):
+    if share := state.counters["augment"]:
         draws = draw(torch.rand, "augment", c.BATCH_SIZE, augmentation.DRAWS)
         kept = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update)) >= share
         prior_weight = to_device((kept * len(kept) / kept.sum().clamp_min(1))[mine], state.device)
@@ -281,6 +281,7 @@ def mean_deviation(values: Tensor, dim: int) -> Tensor:
 def training_step(state, c, image_set: data.ImageSet) -> dict[str, Tensor]:
     """Trains for one step. Returns this rank's scalars (tensors) to log, which the next step may overwrite. On CUDA the
     step may still be running."""
+    augmentation.update_share(state, c, image_set)
     batches = [draw_batch(state, c, image_set, critic_update) for critic_update in range(c.N_CRITIC)]
     state.decay_learning_rates(c)
     return take_step(state, c, apply_updates, batches, c.BATCH_SIZE)

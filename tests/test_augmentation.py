@@ -1,13 +1,15 @@
 """Changed training images: what augment does, and that only unchanged images reach the prior."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, draw_images
+from conftest import SMALL, draw_images, lines
 
 import augmentation
+import checkpoints
 import command_line
 import data
 import losses
@@ -27,6 +29,7 @@ def start(tmp_path):
         state = run_state.new_state(c, torch.device("cpu"), ranks)
         head = state.generator.prior.to_velocity[1].weight
         head.data.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        augmentation.update_share(state, c, image_set)
         return state, c, image_set
     return new
 
@@ -101,12 +104,65 @@ def test_each_image_has_its_own_change_and_grey_images_work():
 
 # ------------------------------------------------------------------------------------- in training
 
-@pytest.mark.parametrize("flags, images, share", [
-    ((), 50, 0.7), ((), 300, 0.7), ((), 949, 0.35), ((), 3000, 0), ((), 10 ** 6, 0), (("--augment", "0.2"), 50, 0.2),
-    (("--augment", "0"), 50, 0), (("--folders", "clips"), 50, 0), (("--folders", "clips", "--augment", "0.5"), 50, 0)])
-def test_the_share_follows_the_size_of_the_set_unless_it_is_given(flags, images, share):
+@pytest.mark.parametrize("flags, images, held_out, share", [
+    ((), 79, 0, augmentation.LARGEST_SHARE), ((), 500, 0, 0), (("--augment", "0.2"), 50, 0, 0.2),
+    (("--augment", "0"), 50, 0, 0), (("--augment", "0.3"), 5000, 100, 0.3), (("--folders", "clips"), 50, 0, 0),
+    (("--folders", "clips", "--augment", "0.5"), 50, 0, 0)])
+def test_the_share_without_held_out_images_or_if_it_is_given(flags, images, held_out, share):
     c, _ = command_line.parse_constants(list(flags))
-    assert augmentation.share_of(c, images) == pytest.approx(share, abs=1e-3)
+    image_set = SimpleNamespace(train=np.arange(images), held_out=np.arange(held_out))
+    state = SimpleNamespace(counters={"step": 0, "augment": 0.5}, ranks=SINGLE)
+    augmentation.update_share(state, c, image_set)
+    assert state.counters["augment"] == share
+
+
+def test_the_share_rises_while_the_prior_overfits_and_then_falls(monkeypatch):
+    c, _ = command_line.parse_constants(["--batch-size", "32"])
+    image_set = SimpleNamespace(train=np.arange(200), held_out=np.arange(16))
+    state = SimpleNamespace(counters={"step": 0, "augment": 0.0}, ranks=SINGLE)
+    asked, found = [], []
+    monkeypatch.setattr(augmentation, "overfitting", lambda state, _: asked.append(state.counters["step"]) or (
+        0.2 if state.counters["step"] < 500 else 0.1))
+    for state.counters["step"] in range(1000):
+        augmentation.update_share(state, c, image_set)
+        found.append(state.counters["augment"])
+    assert asked == [*range(0, 1000, 100)]
+    assert found[::100] == pytest.approx([0.2, 0.4, 0.6, 0.7, 0.7, 0.5, 0.3, 0.1, 0, 0])        # 3,200 of 16,000 images
+    assert found[99] == found[0] and found[100] == found[199]
+
+
+def test_overfitting_compares_the_priors_errors_of_held_out_and_training_images(start, monkeypatch, float64):
+    state, _, image_set = start()
+    image_set.train, image_set.held_out = np.arange(8), np.arange(8, 12)
+    codes = {row: torch.randn(16, generator=torch.Generator().manual_seed(row)) * (3 if row >= 8 else 1)
+             for row in range(12)}
+    rows_of = {image_set.images[row].tobytes(): row for row in range(12)}
+
+    def encode(image):
+        arrays = data.to_arrays(image)
+        mu = torch.stack([codes[rows_of[array.tobytes()]] for array in arrays])
+        return mu, mu
+
+    monkeypatch.setattr(state.generator.vae, "encode", encode)
+    torch.nn.init.zeros_(state.generator.prior.to_velocity[1].weight)                 # its velocity is 0 everywhere
+    expected = [torch.stack([codes[row] for row in rows]).square().mean() + 1 for rows in (range(8, 12), range(8))]
+    monkeypatch.setattr(augmentation, "CHECKED_DRAWS", 2000)                          # noise is independent of codes
+    assert augmentation.overfitting(state, image_set) == pytest.approx((expected[0] / expected[1]).item() - 1, rel=0.02)
+    image_set.held_out = image_set.train
+    assert augmentation.overfitting(state, image_set) == 0
+
+
+def test_the_share_is_logged_and_survives_a_resume(run, tmp_path):
+    flags = ("--augment", "-1", "--log-every", "1")
+    assert run("--steps", "2", *flags) == 0 and run("--steps", "3", *flags) == 0
+    saved = checkpoints.find(tmp_path / "runs" / "photos")[1]
+    assert saved["counters"]["augment"] == augmentation.LARGEST_SHARE                 # 12 photos
+    assert [line["augment"] for line in lines(tmp_path)] == 3 * [augmentation.LARGEST_SHARE]
+
+
+def test_batches_with_and_without_changes_do_not_share_a_cuda_graph(start):
+    kinds = {training_step.draw_batch(*start("--augment", share), 0).kind for share in ("0", "0.5", "0.6")}
+    assert len(kinds) == 2
 
 
 def test_a_batch_has_its_share_of_changed_images_which_weigh_nothing_for_the_prior(start):
