@@ -119,15 +119,16 @@ def bar(iterable: Iterable, total: int, unit: str) -> Iterable:
 
 
 @torch.inference_mode()
-def codes_of(generator: Generator, z: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Returns the codes of noise z (N, LATENT_DIM) and labels (N, K), on the CPU."""
+def codes_of(generator: Generator, flags: Namespace, z: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Returns the codes of noise z (N, LATENT_DIM), times --truncation, and labels (N, K), on the CPU."""
+    z = flags.truncation * z
     parts = zip(z.split(CODES), labels.split(CODES)) if labels is not None else ((part,) for part in z.split(CODES))
     return torch.cat([generator.start(*(on_device(generator, tensor) for tensor in part)).cpu() for part in parts])
 
 
 def draw_codes(generator: Generator, flags: Namespace, count: int) -> Tensor:
     """Returns the codes of images 0, 1, ... of --seed, (count, LATENT_DIM) on the CPU."""
-    return codes_of(generator, latent_space.draw_z(flags.seed, 0, count, generator.vae.latent_dim),
+    return codes_of(generator, flags, latent_space.draw_z(flags.seed, 0, count, generator.vae.latent_dim),
                     labels_of(flags, count))
 
 
@@ -159,7 +160,7 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
     if flags.seeds:
         names, sheet = [f"seed{seed}_{0:05d}" for seed in flags.seeds], "seeds_grid"
         z = torch.cat([latent_space.draw_z(seed, 0, 1, generator.vae.latent_dim) for seed in flags.seeds])
-        codes = codes_of(generator, z, labels_of(flags, len(z)))
+        codes = codes_of(generator, flags, z, labels_of(flags, len(z)))
     else:
         names, sheet = [f"seed{flags.seed}_{i:05d}" for i in range(flags.images)], f"seed{flags.seed}_grid"
         codes = draw_codes(generator, flags, flags.images)
@@ -298,7 +299,7 @@ def path_frames(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
     else:                                 # the way leads through noise, so that every frame is an image from noise
         keyframes = latent_space.draw_z(flags.seed, 0, flags.keyframes, generator.vae.latent_dim)
         labels = labels_of(flags, flags.keyframes)
-        codes = codes_of(generator, latent_space.walk(keyframes, count, flags.loop),
+        codes = codes_of(generator, flags, latent_space.walk(keyframes, count, flags.loop),
                          labels if labels is None else latent_space.walk(labels, count, flags.loop, straight=True))
     return (pictures.grid([image]) for image in render(generator, codes)), count
 
@@ -389,6 +390,8 @@ def make_parser() -> command_line.Parser:
                      help="folder for everything but videos [RUN/generated; for a single file, ./generated]")
     how.add_argument("--format", choices=("png", "webp"), default="png", help="of images [%(default)s]")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of all random z [%(default)s]")
+    how.add_argument("--truncation", type=positive(float), default=1.0, metavar="X",
+                     help="factor of all random z: below 1, images are more typical and less diverse [%(default)s]")
     how.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME",
                      help="of a model with classes: those of random z, in turn; a walk leads from one to the next")
     how.add_argument("--mode", choices=MODES, default="walk", help="of the video [%(default)s]")

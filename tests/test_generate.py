@@ -95,6 +95,15 @@ def test_seeds_are_the_first_images_of_these_seeds(make, tmp_path):
         assert np.abs(read(tmp_path / "seeds" / name) - read(tmp_path / "one" / name)).max() <= 1
 
 
+def test_truncation_is_a_factor_of_the_noise(make, tmp_path):
+    make("--images", 2, "--truncation", 0.5, source=PRETRAINED)
+    generator, z = model_definitions.Generator.from_file(PRETRAINED), latent_space.draw_z(0, 0, 2, 128)
+    with torch.no_grad():
+        whole, half = (data.to_arrays(generator(factor * z)).astype(int) for factor in (1, 0.5))
+    made = np.stack([read(tmp_path / f"seed0_{i:05d}.png") for i in range(2)])
+    assert np.abs(made - half).max() <= 1 < np.abs(whole - half).max()
+
+
 def test_images_come_from_the_averaged_generator(make, run, tmp_path):
     make("--images", 1, source=next((run / "checkpoints").iterdir()))
     assert read(tmp_path / "seed0_00000.png").std() > 5                      # the weights of "generator" are all zero
@@ -351,6 +360,7 @@ def test_alpha_maps_are_beside_their_images(make, tmp_path, capsys):
     (["{run}"], "nothing to do"), (["{run}", "--images", "0"], "--images"), (["{run}", "--video", "a.avi"], ".gif"),
     (["{tmp}/none", "--images", "1"], "no such run"), (["{tmp}", "--images", "1"], "no checkpoint"),
     (["{run}", "--images", "1", "--seeds", "1"], "must be one of them"),
+    (["{run}", "--images", "1", "--truncation", "0"], "--truncation"),
     (["{run}", "--seeds", "3-1"], "3-1 is invalid: must be seeds or ranges"),
     (["{run}", "--seeds", "1,-2"], "is invalid: must be seeds or ranges"),
     (["{run}", "--seeds", "0-100000"], "at most 100,000"),
