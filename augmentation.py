@@ -22,10 +22,10 @@ import random_keys
 CHECK_EVERY = 100       # steps between two checks of whether the prior overfits
 CHECKED = 64            # images of each side, and ...
 CHECKED_DRAWS = 16      # ... points on the way to each code
-TOLERATED = 0.15        # larger error on held-out images, as a share, up to which the prior does not overfit
+TOLERATED = 0.1         # larger error on held-out images, as a share, up to which the prior does not overfit
 RISE_KIMG = 16          # thousand images in which the share would rise from 0 to 1
 LARGEST_SHARE = 0.7
-FEW = 80                # images; smaller sets, which hold none out, have this share from the start
+FEW = 200               # training images; smaller sets start with this share: their checks would come too late
 DRAWS = 7               # numbers that augment needs for each image
 
 # Largest changes, to both sides.
@@ -43,9 +43,9 @@ def update_share(state, c, image_set: data.ImageSet) -> None:
     counters = state.counters
     if c.FOLDERS == "clips" or c.AUGMENT >= 0:
         counters["augment"] = 0.0 if c.FOLDERS == "clips" else c.AUGMENT
-    elif not len(image_set.held_out):
+    elif counters["step"] == 0:
         counters["augment"] = LARGEST_SHARE if len(image_set.train) < FEW else 0.0
-    elif counters["step"] % CHECK_EVERY == 0:
+    elif counters["step"] % CHECK_EVERY == 0 and len(image_set.held_out):
         overfits = distributed.on_rank_0(state.ranks, lambda: overfitting(state, image_set) > TOLERATED)
         change = CHECK_EVERY * c.BATCH_SIZE / (1000 * RISE_KIMG) * (1 if overfits else -1)
         counters["augment"] = min(LARGEST_SHARE, max(0.0, counters["augment"] + change))

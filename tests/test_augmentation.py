@@ -105,30 +105,36 @@ def test_each_image_has_its_own_change_and_grey_images_work():
 # ------------------------------------------------------------------------------------- in training
 
 @pytest.mark.parametrize("flags, images, held_out, share", [
-    ((), 79, 0, augmentation.LARGEST_SHARE), ((), 500, 0, 0), (("--augment", "0.2"), 50, 0, 0.2),
+    ((), 79, 0, augmentation.LARGEST_SHARE), ((), 100, 16, augmentation.LARGEST_SHARE), ((), 500, 0, 0),
+    (("--augment", "0.2"), 50, 0, 0.2),
     (("--augment", "0"), 50, 0, 0), (("--augment", "0.3"), 5000, 100, 0.3), (("--folders", "clips"), 50, 0, 0),
     (("--folders", "clips", "--augment", "0.5"), 50, 0, 0)])
-def test_the_share_without_held_out_images_or_if_it_is_given(flags, images, held_out, share):
+def test_the_share_at_the_start_and_without_held_out_images_or_if_it_is_given(flags, images, held_out, share):
     c, _ = command_line.parse_constants(list(flags))
     image_set = SimpleNamespace(train=np.arange(images), held_out=np.arange(held_out))
     state = SimpleNamespace(counters={"step": 0, "augment": 0.5}, ranks=SINGLE)
-    augmentation.update_share(state, c, image_set)
-    assert state.counters["augment"] == share
+    for state.counters["step"] in range(0, 100, 99):
+        augmentation.update_share(state, c, image_set)
+        assert state.counters["augment"] == share
+    state.counters["step"] = 100
+    if not held_out:
+        augmentation.update_share(state, c, image_set)
+        assert state.counters["augment"] == share
 
 
 def test_the_share_rises_while_the_prior_overfits_and_then_falls(monkeypatch):
     c, _ = command_line.parse_constants(["--batch-size", "32"])
-    image_set = SimpleNamespace(train=np.arange(200), held_out=np.arange(16))
+    image_set = SimpleNamespace(train=np.arange(400), held_out=np.arange(16))
     state = SimpleNamespace(counters={"step": 0, "augment": 0.0}, ranks=SINGLE)
     asked, found = [], []
     monkeypatch.setattr(augmentation, "overfitting", lambda state, _: asked.append(state.counters["step"]) or (
-        0.2 if state.counters["step"] < 500 else 0.1))
-    for state.counters["step"] in range(1000):
+        0.12 if state.counters["step"] < 600 else 0.08))
+    for state.counters["step"] in range(1100):
         augmentation.update_share(state, c, image_set)
         found.append(state.counters["augment"])
-    assert asked == [*range(0, 1000, 100)]
-    assert found[::100] == pytest.approx([0.2, 0.4, 0.6, 0.7, 0.7, 0.5, 0.3, 0.1, 0, 0])        # 3,200 of 16,000 images
-    assert found[99] == found[0] and found[100] == found[199]
+    assert asked == [*range(100, 1100, 100)]
+    assert found[::100] == pytest.approx([0, 0.2, 0.4, 0.6, 0.7, 0.7, 0.5, 0.3, 0.1, 0, 0])    # 3,200 of 16,000
+    assert found[99] == 0 and found[100] == found[199]
 
 
 def test_overfitting_compares_the_priors_errors_of_held_out_and_training_images(start, monkeypatch, float64):
