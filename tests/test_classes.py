@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, draw_images, error_line
+from test_export import READY, pixels, served, write_page
 
 import checkpoints
 import command_line
@@ -24,6 +25,8 @@ import training_step
 from distributed import SINGLE, Ranks
 from errors import InputError
 from model_definitions import Generator, Prior
+
+pytest_plugins = ["chromium"]
 
 
 @pytest.fixture
@@ -301,15 +304,43 @@ def test_an_older_file_has_no_classes():
     assert checkpoints.OLDER["CLASSES"] == []
 
 
-@pytest.mark.slow
-def test_onnx_has_a_label(trained, tmp_path):
+@pytest.fixture(scope="module")
+def onnx(trained):
+    """The bytes of the run's ONNX file."""
     for name in export.ONNX_PACKAGES:
         pytest.importorskip(name, reason=f"the optional package {name} is not installed")
-    file = tmp_path / "pets.onnx"
+    file = trained / "exported" / "pets.onnx"
     assert export.main([str(trained), "--out", str(file)]) == 0
-    run, z = export.session_of(file.read_bytes()), latent_space.draw_z(5, 0, 3, 16)
+    return file.read_bytes()
+
+
+@pytest.mark.slow
+def test_onnx_has_a_label(trained, onnx):
+    run, z = export.session_of(onnx), latent_space.draw_z(5, 0, 3, 16)
     label = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     image, = run(z=z, offset=torch.zeros(3, 16), label=label)
     with torch.no_grad():
         expected = Generator.from_file(trained)(z, label)
     torch.testing.assert_close(image, expected, atol=1 / 127.5, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_page_has_a_menu_of_classes(trained, onnx, browser, tmp_path):
+    write_page(trained, tmp_path / "page", [onnx])
+    generator = Generator.from_file(trained)
+
+    def shows(z, *label):
+        with torch.no_grad():
+            image = generator(z[None], torch.tensor([label]))[0].permute(1, 2, 0).numpy()
+        return np.abs(pixels(browser) - 127.5 * (image + 1)).max() <= 1
+
+    with served(tmp_path) as address:
+        browser.open(address + "page/")
+        browser.wait(READY)
+        z = torch.tensor(browser.value("Array.from(normals(1, 16))"))
+        assert browser.value("[...document.querySelectorAll('#class option')].map((o) => o.text)") == ["any", "a", "b"]
+        assert shows(z, 0.0, 0.0)
+        browser.value("element('class').value = 1; element('class').dispatchEvent(new Event('change'))")
+        browser.wait(READY)
+        assert shows(z, 0.0, 1.0) and not shows(z, 0.0, 0.0)
+        assert browser.complaints() == []
