@@ -8,6 +8,7 @@ The share of changed images rises while the prior overfits: while its error is l
 than on those of training images.
 """
 
+import functools
 import math
 
 import torch
@@ -46,45 +47,56 @@ def update_share(state, c, image_set: data.ImageSet) -> None:
     elif counters["step"] == 0:
         counters["augment"] = LARGEST_SHARE if len(image_set.train) < FEW else 0.0
     elif counters["step"] % CHECK_EVERY == 0 and len(image_set.held_out):
-        overfits = distributed.on_rank_0(state.ranks, lambda: overfitting(state, image_set) > TOLERATED)
+        overfits = distributed.on_rank_0(state.ranks, lambda: overfitting(state, c, image_set) > TOLERATED)
         change = CHECK_EVERY * c.BATCH_SIZE / (1000 * RISE_KIMG) * (1 if overfits else -1)
         counters["augment"] = min(LARGEST_SHARE, max(0.0, counters["augment"] + change))
 
 
 @torch.no_grad()
-def overfitting(state, image_set: data.ImageSet) -> float:
+def overfitting(state, c, image_set: data.ImageSet) -> float:
     """Returns by which share the prior's error is larger on held-out images than on training images, of CHECKED images
     each and always with the same noise."""
     errors = []
     for rows in (image_set.held_out, image_set.train):
-        order = random_keys.numpy_generator(0, "overfitting").permutation(len(rows))[:CHECKED]
-        pixels = data.read_batch(image_set, rows[order]).to(state.device)
-        code = state.generator.vae.encode(data.to_image(pixels))[0].repeat_interleave(CHECKED_DRAWS, dim=0)
+        rows = rows[random_keys.numpy_generator(0, "overfitting").permutation(len(rows))[:CHECKED]]
+        parts = data.read_batch(image_set, rows).split(c.MICRO_BATCH or c.BATCH_SIZE)
+        code = torch.cat([state.generator.vae.encode(data.to_image(part.to(state.device)))[0] for part in parts])
+        code, velocity = code.repeat_interleave(CHECKED_DRAWS, dim=0), state.generator.prior.velocity
+        if image_set.labels is not None:
+            labels = data.one_hot(image_set.labels[rows], c).to(code)
+            velocity = functools.partial(velocity, label=labels.repeat_interleave(CHECKED_DRAWS, dim=0))
         rng = random_keys.torch_generator(0, "overfitting")
         noise, t = torch.randn(code.shape, generator=rng), torch.randn(len(code), generator=rng).sigmoid()
-        errors.append(losses.flow_matching_loss(state.generator.prior.velocity, code, noise.to(code), t.to(code)))
+        errors.append(losses.flow_matching_loss(velocity, code, noise.to(code), t.to(code)))
     return (errors[0] / errors[1]).item() - 1
 
 
-def augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Returns images (B, C, H, W) in [-1, 1], each turned, scaled and shifted, with another hue, contrast and
-    brightness, within the limits above. draws (B, DRAWS) in [0, 1). What enters at the edges is mirrored."""
+def changes(draws: Tensor) -> Tensor:
+    """Returns the numbers (B, 17) that `augment` reads, within the limits above, from draws (B, DRAWS) in [0, 1)."""
     angle, scale, x, y, hue, contrast, brightness = (2 * draws - 1).unbind(1)
     angle, scale = ANGLE * angle, torch.exp(SCALE * scale)
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    rows = torch.stack([cos, -sin, 2 * SHIFT * x]), torch.stack([sin, cos, 2 * SHIFT * y])
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    if images.shape[1] == 3:
-        images = torch.einsum("bij,bjhw->bihw", turned_hue(HUE * hue), images)
-    if images.shape[1] < 4:                                  # colours times opacity would no longer fit to opacity
-        images = images * (1 + CONTRAST * contrast)[:, None, None, None] + BRIGHTNESS * brightness[:, None, None, None]
-    return images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+    place = torch.stack([cos, -sin, 2 * SHIFT * x, sin, cos, 2 * SHIFT * y], dim=1)
+    levels = torch.stack([1 + CONTRAST * contrast, BRIGHTNESS * brightness], dim=1)
+    return torch.cat([place, turned_hue(HUE * hue).flatten(1), levels], dim=1)
 
 
 def turned_hue(angle: Tensor) -> Tensor:
     """Returns the matrices (B, 3, 3) that turn RGB by the angles (B,) around its grey axis (Rodrigues' formula)."""
-    axis = torch.full((3, 3), 1 / 3, device=angle.device, dtype=angle.dtype)              # projects on the axis
-    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(angle) / math.sqrt(3)
+    axis = torch.full((3, 3), 1 / 3)                                               # projects on the axis
+    across = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    return axis + cos * (torch.eye(3).to(angle) - axis) + sin * across
+    return axis + cos * (torch.eye(3) - axis) + sin * across
+
+
+def augment(images: Tensor, numbers: Tensor) -> Tensor:
+    """Returns images (B, C, H, W) in [-1, 1], each turned, scaled and shifted, with another hue, contrast and
+    brightness. What enters at the edges is mirrored. numbers: those of `changes`, on the images' device."""
+    place, hue, contrast, brightness = numbers.split([6, 9, 1, 1], dim=1)
+    grid = F.affine_grid(place.unflatten(1, (2, 3)), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    if images.shape[1] == 3:
+        images = torch.einsum("bij,bjhw->bihw", hue.unflatten(1, (3, 3)), images)
+    if images.shape[1] < 4:                                  # colours times opacity would no longer fit to opacity
+        images = images * contrast[:, :, None, None] + brightness[:, :, None, None]
+    return images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)

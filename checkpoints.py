@@ -122,12 +122,12 @@ def save_as(file: str | Path, state: dict) -> None:
 def save_safetensors(file: str | Path, weights: dict) -> None:
     """Writes weights for sharing (export.weights_only) as a safetensors file: tensors "ema.NAME" and "axes.NAME", and
     everything else as JSON in its metadata. Raises InputError without the package."""
-    from_package = need_safetensors(file)
+    safetensors_torch = need_safetensors(file)
     tensors = {f"{part}.{name}": tensor.contiguous() for part in SAFETENSORS_PARTS
                for name, tensor in weights.get(part, {}).items()}
     others = {name: json.dumps(value) for name, value in weights.items() if name not in SAFETENSORS_PARTS}
     with atomic_write(file) as handle:
-        handle.write(from_package.save(tensors, {"format": json.dumps(FORMAT), **others}))
+        handle.write(safetensors_torch.save(tensors, {"format": json.dumps(FORMAT), **others}))
 
 
 def need_safetensors(file: str | Path):

@@ -200,6 +200,8 @@ def check(c: SimpleNamespace) -> None:
     if (c.DECAY_FROM_KIMG or c.DECAY_TO_KIMG) and c.DECAY_TO_KIMG <= c.DECAY_FROM_KIMG:
         raise InputError(f"--decay-to-kimg {c.DECAY_TO_KIMG:g} is invalid: must be above --decay-from-kimg "
                          f"{c.DECAY_FROM_KIMG:g}, or both 0")
+    if c.BALANCE_CLASSES and c.FOLDERS != "classes":
+        raise InputError("--balance-classes needs --folders classes")
     if c.FOLDERS == "clips" and c.NUM_FRAMES < 3:
         raise InputError(f"--num-frames {c.NUM_FRAMES} is invalid with --folders clips: must be 3 or more")
     if c.FOLDERS == "clips" and c.DYNAMICS_KIMG <= c.VAE_KIMG:

@@ -193,6 +193,12 @@ def set_labels(image_set: ImageSet, c) -> None:
     image_set.labels = np.array([number[name] for name in names], np.int64)
 
 
+def one_hot(labels: np.ndarray, c) -> "torch.Tensor":
+    """Returns labels (N, K) of the classes (N,): 1 at the class, else 0."""
+    import torch
+    return torch.eye(len(c.CLASSES))[torch.from_numpy(labels)]
+
+
 def load_images(root: PathLike, image_size: int, channels: int, cache_dir: PathLike, background: int = 255,
                 workers: int = -1, held_out_share: float = 0.02, leave_out: PathLike | None = None,
                 progress: bool = True, folders: str = "ignore", clip_stride: int = 1, fit: str = "crop") -> ImageSet:
@@ -364,7 +370,7 @@ def split(keys: list[float], share: float) -> tuple[np.ndarray, np.ndarray]:
 
 # ------------------------------------------------------------------------------------- batches
 
-@functools.lru_cache(maxsize=256)            # one for each class, with BALANCE_CLASSES
+@functools.lru_cache(maxsize=4)
 def _permutation(count, seed, purpose, epoch):
     from random_keys import numpy_generator  # imports torch
     return numpy_generator(seed, purpose, epoch).permutation(count)
@@ -385,16 +391,16 @@ def batch_indices(count: int, seed: int, position: int, batch_size: int, purpose
 
 
 def balanced_rows(image_set: ImageSet, seed: int, position: int, batch_size: int) -> np.ndarray:
-    """Returns rows of training images position .. position + batch_size - 1 of an endless order in which the classes
-    take turns, each with a chain of permutations of its own: (batch_size,) int64."""
-    numbers, rows = position + np.arange(batch_size), np.zeros(batch_size, np.int64)
-    count = len(image_set.rows_of_classes)
-    for i, of_class in enumerate(image_set.rows_of_classes):
-        turns = numbers[numbers % count == i] // count
-        if len(turns):
-            order = batch_indices(len(of_class), seed, int(turns[0]), len(turns), f"order of class {i}")
-            rows[numbers % count == i] = of_class[order]
-    return rows
+    """Returns rows of training images position .. position + batch_size - 1 of an endless order in which every class
+    comes once, in random order, before one comes again, each time with a random image: (batch_size,) int64."""
+    from random_keys import numpy_generator  # imports torch
+    count, rows = len(image_set.rows_of_classes), []
+    for place in range(position, position + batch_size):
+        turn, place_in_turn = divmod(place, count)
+        of_class = image_set.rows_of_classes[numpy_generator(seed, "order of classes", turn).permutation(count)[
+            place_in_turn]]
+        rows.append(of_class[numpy_generator(seed, "image of a class", place).integers(len(of_class))])
+    return np.array(rows)
 
 
 def read_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:

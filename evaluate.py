@@ -76,6 +76,11 @@ def progress(parts: Sequence, description: str) -> tqdm:
     return tqdm(parts, desc=description, leave=False, disable=not sys.stderr.isatty())
 
 
+def over_white(images: Tensor) -> Tensor:
+    """Returns uint8 images (N, C, H, W) without transparency, as pictures.opaque does."""
+    return torch.from_numpy(pictures.opaque(images.permute(0, 2, 3, 1).numpy())).permute(0, 3, 1, 2)
+
+
 # ------------------------------------------------------------------------------------- feature extractors
 
 @dataclass
@@ -92,10 +97,7 @@ class Extractor:
         parts = []
         batch = CPU_FEATURES_BATCH if torch.device(self.device).type == "cpu" else BATCH
         for pixels in progress(images.split(batch), "features"):
-            pixels = pixels.to(self.device).float() / 255
-            if pixels.shape[1] == 4:                              # colours times opacity, and opacity: over white
-                pixels = (pixels[:, :3] + 1 - pixels[:, 3:]).clamp_max(1)
-            found = self.network(pixels.expand(-1, 3, -1, -1))
+            found = self.network((over_white(pixels).to(self.device).float() / 255).expand(-1, 3, -1, -1))
             if not (isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(pixels)
                     and found.is_floating_point() and found.isfinite().all()):
                 what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -219,8 +221,7 @@ def labels_of_sample(image_set: ImageSet, count: int, c: Namespace) -> Tensor | 
     """Returns the labels (count, K) of sample_images; None without classes."""
     if image_set.labels is None:
         return None
-    labels = image_set.labels[shuffled(image_set.train)[:count]]
-    return F.one_hot(torch.from_numpy(labels), len(c.CLASSES)).to(torch.get_default_dtype())
+    return data.one_hot(image_set.labels[shuffled(image_set.train)[:count]], c)
 
 
 def shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -243,6 +244,7 @@ def scores(generated: Tensor, real: Tensor, extractor: Extractor | None = None, 
     sliced_wasserstein and the diversity of thumbnails.
     """
     found = {}
+    generated, real = over_white(generated), over_white(real)
     if extractor is not None:
         a = extractor(generated) if features is None else features
         b = extractor(real) if real_features is None else real_features
@@ -291,7 +293,7 @@ def print_classes(made: Tensor, real: Tensor, labels: Tensor, classes: Sequence[
 def print_dot_pattern(generated: Tensor, real: Tensor) -> None:
     """Prints how much stronger a pattern of dots is in generated than in real images, uint8 (N, C, H, W)."""
     for period in (2, 4):
-        made, expected = (metrics.excess_power(images, period) for images in (generated, real))
+        made, expected = (metrics.excess_power(over_white(images), period) for images in (generated, real))
         print_value(f"dots, period {period}", made / expected, f"power at {period} pixels, relative to periods near it "
                     f"and to real images ({expected:.2f}); above 1.5 a pattern of dots is visible")
 
@@ -312,9 +314,9 @@ def check_copies(generated: Tensor, image_set: ImageSet) -> np.ndarray:
     own = torch.full((len(generated) + len(positions),), -1)
     if not len(held_out):
         own[len(generated):] = torch.from_numpy(positions)
-    points = metrics.thumbnails(torch.cat([generated, data.read_batch(image_set, others[positions])]))
+    points = metrics.thumbnails(over_white(torch.cat([generated, data.read_batch(image_set, others[positions])])))
     parts = progress(np.split(train, range(BATCH, len(train), BATCH)), "copy check")
-    of_train = (metrics.thumbnails(data.read_batch(image_set, part)) for part in parts)
+    of_train = (metrics.thumbnails(over_white(data.read_batch(image_set, part))) for part in parts)
     distance, index = metrics.nearest(points, of_train, own)
 
     distance, of_compared = distance.split([len(generated), len(positions)])

@@ -312,7 +312,7 @@ def start(argv: Sequence[str] | None) -> None:
     parser.add_argument("--ort", metavar="DIR",
                         help="folder with onnxruntime-web's files, such as an earlier page [npm downloads them]")
     parser.add_argument("--about", default="", metavar="TEXT",
-                        help="text for the .pt file or the page, such as the data and its licence")
+                        help="text for the weights file or the page, such as the data and its licence")
     arguments = parser.parse_args(argv)
     out, web = arguments.out, arguments.web
     if not out and not web:

@@ -393,7 +393,7 @@ def make_parser() -> command_line.Parser:
     how.add_argument("--truncation", type=positive(float), default=1.0, metavar="X",
                      help="factor of all random z: below 1, images are more typical and less diverse [%(default)s]")
     how.add_argument("--class", dest="classes", nargs="+", default=[], metavar="NAME",
-                     help="of a model with classes: those of random z, in turn; a walk leads from one to the next")
+                     help="classes of the random images, in turn; a walk goes from one to the next")
     how.add_argument("--mode", choices=MODES, default="walk", help="of the video [%(default)s]")
     how.add_argument("--seconds", type=positive(float), default=8.0, metavar="X", help="of the video [%(default)s]")
     how.add_argument("--fps", type=positive(float), default=20.0, metavar="X", help="frames per second [%(default)s]")
@@ -431,7 +431,7 @@ def seed_list(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text} is invalid: must be seeds or ranges of at most {SEEDS_LIMIT:,}, "
                                              "such as 1-10,42")
         found += range(first, last + 1)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
@@ -460,6 +460,12 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if flags.motion_seed < 0:
         raise InputError(f"--motion-seed {flags.motion_seed} is invalid: must be 0 or more")
     run = Path(flags.run)
+    draws = any(getattr(flags, name) for name in ("images", "seeds", "direction", "directions", "alpha_maps"))
+    if flags.classes and not draws and not (flags.video and flags.mode in ("walk", "roll", "synthetic")):
+        raise InputError("--class is for random z, and none are drawn: give --images N, or --video with --mode walk")
+    if flags.video and flags.mode == "walk" and len(flags.classes) > flags.keyframes:
+        raise InputError(f"--class names {len(flags.classes)} classes for a walk through {flags.keyframes} points: "
+                         f"give --keyframes {len(flags.classes)}")
     if flags.images and flags.seeds:
         raise InputError("--images and --seeds both name the images: must be one of them")
     flags.out = flags.out or (Path() if run.is_file() else run) / "generated"

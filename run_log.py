@@ -89,6 +89,9 @@ HEALTHY = (
     Value("prior_error", "Error of the prior",
           "Flow matching loss of the network that turns noise into codes: mean squared error of its velocity.",
           (0.05, 2), 200, "falling", "prior"),
+    Value("augment", "Share of changed images",
+          "Share of the training images that are turned, shifted and recoloured. With AUGMENT -1 it rises while the "
+          "prior overfits, up to 0.7."),
     Value("alpha_mean", "Alpha",
           "The factor in the last tanh: mean over a batch. Starts at ALPHA_INIT and stays between ALPHA_INIT / "
           "ALPHA_SPAN and ALPHA_INIT * ALPHA_SPAN; with the defaults 1.6 to 2.6 after some hundred steps.",
@@ -349,7 +352,7 @@ class Log:
         self.file.close()
         self.start_at(step)
         if self.board:
-            self.board.close()
+            self.to_board(lambda board: board.close())
             self.board = open_board(self.path.parent / "tensorboard", step)
         self.bar.n = step
         self.bar.refresh()
@@ -396,19 +399,28 @@ class Log:
             with contextlib.suppress(OSError):
                 self.file.close()                # drops what could not be written
             self.file = self.path.open("a", encoding="utf-8")
-        if self.board:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(name, value, line["step"])
+        self.to_board(lambda board: [board.add_scalar(name, value, line["step"]) for name, value in line.items()
+                                     if name != "step" and isinstance(value, int | float)])
 
-    def show_samples(self) -> None:
-        """Copies the newest sample sheets to TensorBoard."""
-        if self.board:
-            files = sorted((self.path.parent / "samples").glob("step_*.png"))
-            for step, kind, file in (file.stem.split("_")[1:] + [file] for file in files):
-                if step in files[-1].name:
-                    self.board.add_image(kind, np.array(Image.open(file)), int(step), dataformats="HWC")
-            self.board.flush()
+    def show_samples(self, counters: dict) -> None:
+        """Copies the sample sheets of the current step to TensorBoard."""
+        step = counters["step"]
+
+        def copy(board):
+            for file in sorted((self.path.parent / "samples").glob(f"step_{step:08d}_*.png")):
+                board.add_image(file.stem.split("_")[2], np.array(Image.open(file)), step, dataformats="HWC")
+            board.flush()
+        self.to_board(copy)
+
+    def to_board(self, write: Callable) -> None:
+        """Calls write(SummaryWriter). A full disk ends the writing for TensorBoard, and training continues."""
+        try:
+            if self.board:
+                write(self.board)
+        except OSError as error:
+            self.board = None
+            print_line(f"{self.path.parent / 'tensorboard'}: cannot be written ({error.strerror}); training continues "
+                       "without TensorBoard")
 
     def warn(self, step, values):
         """Prints what is wrong and what to try, once per value, after WARN_AFTER lines in a row outside `lost`."""
@@ -439,12 +451,11 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        if self.board:
-            self.board.close()
+        self.to_board(lambda board: board.close())
 
 
 def open_board(folder: Path, step: int):
-    """Returns a SummaryWriter. TensorBoard does not show any more what it was given before for later steps."""
+    """Returns a SummaryWriter. TensorBoard hides earlier events of later steps."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(folder, purge_step=step + 1)
 

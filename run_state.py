@@ -281,8 +281,10 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
         made = ", ".join(f"{name} {saved.get(name)}, not {getattr(c, name)}" for name in others)
         raise InputError(f"run {c.RUN} was made with {made}: give {fitting}, or --run NEWNAME for a new run")
     if saved["CLASSES"] != c.CLASSES:
-        raise InputError(f"run {c.RUN} was trained on {class_names(saved['CLASSES'])}, not on "
-                         f"{class_names(c.CLASSES)}: give it the same class folders, or --run NEWNAME for a new run")
+        new, gone = (sorted(set(a) - set(b)) for a, b in ((c.CLASSES, saved["CLASSES"]), (saved["CLASSES"], c.CLASSES)))
+        changes = [f"{what} {class_names(names)}" for what, names in (("without", new), ("with", gone)) if names]
+        raise InputError(f"run {c.RUN} was trained {' and '.join(changes)}: give it the same class folders, or --run "
+                         "NEWNAME for a new run")
     if saved["PRIOR_WIDTH"] == 0:
         raise InputError(f"run {c.RUN} was made by an earlier version, without a prior: --run NEWNAME --init-from "
                          f"{Path(c.RUNS_DIR) / c.RUN} starts a new run from its weights")
@@ -308,18 +310,19 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
 
 
 def class_names(names: Sequence[str]) -> str:
-    """Returns the number of classes and the first of their names, in words."""
-    more = ", ..." if len(names) > CLASSES_SHOWN else ""
-    return f"the {len(names):,} classes {', '.join(map(data.printable, names[:CLASSES_SHOWN]))}{more}"
+    """Returns the names of classes in words, at most CLASSES_SHOWN of them."""
+    more = f" and {len(names) - CLASSES_SHOWN:,} more" if len(names) > CLASSES_SHOWN else ""
+    return f"the class{'es' if len(names) > 1 else ''} {', '.join(map(data.printable, names[:CLASSES_SHOWN]))}{more}"
 
 
 def initial_weights(c: SimpleNamespace) -> tuple[Path, dict]:
     """Returns the file of INIT_FROM and {part of the state: weights}: the averaged generator, and the critic if the
     file has one. Raises InputError."""
     file, saved = checkpoints.find(c.INIT_FROM)
-    others, fitting = other_sizes(c, saved["constants"])
-    if "FOLDERS" in others and "clips" not in (c.FOLDERS, saved["constants"]["FOLDERS"]):    # classes are learned anew
-        others.remove("FOLDERS")
+    constants = saved["constants"]
+    if "clips" not in (c.FOLDERS, constants["FOLDERS"]):                  # classes are learned anew
+        constants = constants | {"FOLDERS": c.FOLDERS}
+    others, fitting = other_sizes(c, constants)
     if "FOLDERS" in others:
         raise InputError(f"--init-from {c.INIT_FROM} was trained with {fitting}: must be a run with --folders "
                          f"{c.FOLDERS}")

@@ -178,11 +178,13 @@ class Evaluation:
             evaluate.print_count_warning(min(count, len(self.real)))
             self.held_out = data.read_batch(self.image_set, evaluate.shuffled(self.image_set.held_out)[:count // 4])
             self.features = self.gather_features(self.real.tensor_split(ranks.size)[ranks.rank])
-        dim, image_of = self.c.LATENT_DIM, None
+        dim, image_of, labels = self.c.LATENT_DIM, None, evaluate.labels_of_sample(self.image_set, count, self.c)
+        if labels is not None:
+            labels = labels[torch.arange(count) % len(labels)]
         if self.state.counters["stage"] == 3:                      # frames of videos from noise
             dim, image_of = dim + self.c.MOTION_DIM, functools.partial(rollouts.late_frames, self.state.ema, self.c)
         made = evaluate.generate(self.state.ema, dim, count, self.c.SEED, share=(ranks.rank, ranks.size),
-                                 image_of=image_of)
+                                 image_of=image_of, labels=labels)
         features, made = self.gather_features(made), torch.cat(distributed.gather(ranks, made))
         return distributed.on_rank_0(ranks, lambda: {
             **evaluate.scores(made, self.real, self.extractor, self.features, features), **self.of_held_out(made)})
@@ -231,7 +233,8 @@ def train(state: run_state.State, c: SimpleNamespace, image_set: data.ImageSet, 
     with StopSignal() as stop:
         saver, evaluation = run_state.Saver(state, c, folder), Evaluation(state, c, image_set)
         log = Log(folder, c, counters["step"]) if ranks.is_first else NoLog()
-        samples = functools.partial(write_samples, state, c, image_set, folder / "samples"), log.show_samples
+        samples = (functools.partial(write_samples, state, c, image_set, folder / "samples"),
+                   functools.partial(log.show_samples, counters))
         if counters["step"] == 0:
             write_if_possible(state, *samples, functools.partial(page, live=True))
             distributed.on_rank_0(ranks, lambda: bool(saver.save()))      # a rollback needs it

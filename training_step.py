@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import augmentation
@@ -72,8 +71,8 @@ class Batch:
 
     @property
     def kind(self) -> str:
-        """Batches of one kind can share a CUDA graph: those with the same tensors."""
-        return "images" if self.prior_weight is None else "images, some of them changed"
+        """Batches of one kind can share a CUDA graph."""
+        return "images"
 
 
 def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
@@ -91,11 +90,13 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
     real, prior_weight = read_images(image_set, rows, state.device, flips), None
-    if share := state.counters["augment"]:
-        draws = draw(torch.rand, "augment", c.BATCH_SIZE, augmentation.DRAWS)
-        kept = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update)) >= share
+    if c.AUGMENT and image_set.clip_offsets is None:    # also while the share is 0: one kind of batch in a whole run
+        kept = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update)) >= state.counters["augment"]
         prior_weight = to_device((kept * len(kept) / kept.sum().clamp_min(1))[mine], state.device)
-        real = torch.where(prior_weight[:, None, None, None] > 0, real, augmentation.augment(real, draws))
+        if not kept.all():
+            draws = torch.rand(c.BATCH_SIZE, augmentation.DRAWS, generator=state.rng(c, "augment", critic_update))
+            changed = augmentation.augment(real, to_device(augmentation.changes(draws[mine]), state.device))
+            real = torch.where(prior_weight[:, None, None, None] > 0, real, changed)
     return Batch(real,
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  *draw_for_prior(state, c, c.BATCH_SIZE, critic_update),
@@ -119,8 +120,7 @@ def draw_labels(state, c, image_set: data.ImageSet, rows: np.ndarray, critic_upd
         return None
     mine = state.ranks.slice_of(c.BATCH_SIZE)
     known = torch.rand(c.BATCH_SIZE, 1, generator=state.rng(c, "labels", critic_update))[mine] >= NO_LABEL_SHARE
-    labels = F.one_hot(torch.from_numpy(image_set.labels[rows]), len(c.CLASSES))
-    return to_device((labels * known).to(torch.get_default_dtype()), state.device)
+    return to_device(data.one_hot(image_set.labels[rows], c) * known, state.device)
 
 
 def rows_of_images(state, c, image_set: data.ImageSet, critic_update: int) -> tuple[np.ndarray, np.ndarray | None]:

@@ -13,6 +13,7 @@ import checkpoints
 import command_line
 import data
 import losses
+import random_keys
 import run_state
 import training_step
 from distributed import SINGLE, Ranks
@@ -34,11 +35,12 @@ def start(tmp_path):
     return new
 
 
-def draws(**changes):
-    """The draws of one image that change nothing, except those given by name, in [-1, 1]."""
+def changes(**given):
+    """The changes of one image from draws in the middle, except those given by name, in [-1, 1]."""
     names = ("angle", "scale", "x", "y", "hue", "contrast", "brightness")
-    assert len(names) == augmentation.DRAWS and set(changes) <= set(names)
-    return torch.tensor([[(1 + changes.get(name, 0)) / 2 for name in names]], dtype=torch.get_default_dtype())
+    assert len(names) == augmentation.DRAWS and set(given) <= set(names)
+    return augmentation.changes(torch.tensor([[(1 + given.get(name, 0)) / 2 for name in names]],
+                                             dtype=torch.get_default_dtype()))
 
 
 # ------------------------------------------------------------------------------------- one image
@@ -59,22 +61,22 @@ def centre(image):
 
 
 def test_draws_in_the_middle_change_nothing(image):
-    torch.testing.assert_close(augmentation.augment(image, draws()), image, atol=1e-12, rtol=0)
+    torch.testing.assert_close(augmentation.augment(image, changes()), image, atol=1e-12, rtol=0)
 
 
 def test_a_shift_moves_by_its_share_of_the_side(image):
     x, y = centre(image)
-    moved = centre(augmentation.augment(image, draws(x=0.8, y=-1)))
+    moved = centre(augmentation.augment(image, changes(x=0.8, y=-1)))
     assert moved == pytest.approx((x - 0.8 * 2 * augmentation.SHIFT, y + 2 * augmentation.SHIFT), abs=2e-3)
 
 
 def test_a_turn_and_a_scale_are_about_the_centre(image):
     x, y = centre(image)
     angle, scale = augmentation.ANGLE, math.exp(augmentation.SCALE)
-    turned = centre(augmentation.augment(image, draws(angle=1)))
+    turned = centre(augmentation.augment(image, changes(angle=1)))
     expected = (math.cos(angle) * x + math.sin(angle) * y, -math.sin(angle) * x + math.cos(angle) * y)
     assert turned == pytest.approx(expected, abs=2e-3)
-    assert centre(augmentation.augment(image, draws(scale=1))) == pytest.approx((scale * x, scale * y), abs=2e-3)
+    assert centre(augmentation.augment(image, changes(scale=1))) == pytest.approx((scale * x, scale * y), abs=2e-3)
 
 
 def test_hue_keeps_greys_lengths_and_means_and_has_the_angle(float64):
@@ -87,15 +89,15 @@ def test_hue_keeps_greys_lengths_and_means_and_has_the_angle(float64):
 
 
 def test_contrast_and_brightness_are_linear_and_clamped(image):
-    made = augmentation.augment(image, draws(contrast=1, brightness=-0.5))
+    made = augmentation.augment(image, changes(contrast=1, brightness=-0.5))
     expected = (1 + augmentation.CONTRAST) * image - 0.5 * augmentation.BRIGHTNESS
     torch.testing.assert_close(made, expected.clamp(-1, 1), atol=1e-12, rtol=0)
-    assert augmentation.augment(torch.ones_like(image), draws(brightness=1)).max() == 1
+    assert augmentation.augment(torch.ones_like(image), changes(brightness=1)).max() == 1
 
 
 def test_each_image_has_its_own_change_and_grey_images_work():
     images = torch.rand(5, 1, 32, 32) * 2 - 1
-    numbers = torch.rand(5, augmentation.DRAWS)
+    numbers = augmentation.changes(torch.rand(5, augmentation.DRAWS))
     whole = augmentation.augment(images, numbers)
     one_by_one = [augmentation.augment(images[i:i + 1], numbers[i:i + 1]) for i in range(5)]
     torch.testing.assert_close(whole, torch.cat(one_by_one), atol=1e-6, rtol=0)
@@ -127,7 +129,7 @@ def test_the_share_rises_while_the_prior_overfits_and_then_falls(monkeypatch):
     image_set = SimpleNamespace(train=np.arange(400), held_out=np.arange(16))
     state = SimpleNamespace(counters={"step": 0, "augment": 0.0}, ranks=SINGLE)
     asked, found = [], []
-    monkeypatch.setattr(augmentation, "overfitting", lambda state, _: asked.append(state.counters["step"]) or (
+    monkeypatch.setattr(augmentation, "overfitting", lambda state, *_: asked.append(state.counters["step"]) or (
         0.12 if state.counters["step"] < 600 else 0.08))
     for state.counters["step"] in range(1100):
         augmentation.update_share(state, c, image_set)
@@ -138,7 +140,7 @@ def test_the_share_rises_while_the_prior_overfits_and_then_falls(monkeypatch):
 
 
 def test_overfitting_compares_the_priors_errors_of_held_out_and_training_images(start, monkeypatch, float64):
-    state, _, image_set = start()
+    state, c, image_set = start()
     image_set.train, image_set.held_out = np.arange(8), np.arange(8, 12)
     codes = {row: torch.randn(16, generator=torch.Generator().manual_seed(row)) * (3 if row >= 8 else 1)
              for row in range(12)}
@@ -153,9 +155,10 @@ def test_overfitting_compares_the_priors_errors_of_held_out_and_training_images(
     torch.nn.init.zeros_(state.generator.prior.to_velocity[1].weight)                 # its velocity is 0 everywhere
     expected = [torch.stack([codes[row] for row in rows]).square().mean() + 1 for rows in (range(8, 12), range(8))]
     monkeypatch.setattr(augmentation, "CHECKED_DRAWS", 2000)                          # noise is independent of codes
-    assert augmentation.overfitting(state, image_set) == pytest.approx((expected[0] / expected[1]).item() - 1, rel=0.02)
+    share = (expected[0] / expected[1]).item() - 1
+    assert augmentation.overfitting(state, c, image_set) == pytest.approx(share, rel=0.02)
     image_set.held_out = image_set.train
-    assert augmentation.overfitting(state, image_set) == 0
+    assert augmentation.overfitting(state, c, image_set) == 0
 
 
 def test_the_share_is_logged_and_survives_a_resume(run, tmp_path):
@@ -166,9 +169,31 @@ def test_the_share_is_logged_and_survives_a_resume(run, tmp_path):
     assert [line["augment"] for line in lines(tmp_path)] == 3 * [augmentation.LARGEST_SHARE]
 
 
-def test_batches_with_and_without_changes_do_not_share_a_cuda_graph(start):
-    kinds = {training_step.draw_batch(*start("--augment", share), 0).kind for share in ("0", "0.5", "0.6")}
-    assert len(kinds) == 2
+def test_a_check_reads_the_labels_of_a_run_with_classes(start, monkeypatch):
+    state, c, image_set = start("--folders", "ignore")
+    image_set.train, image_set.held_out, image_set.labels = np.arange(8), np.arange(8, 12), np.arange(12) % 3
+    c.CLASSES, seen = ["a", "b", "c"], []
+
+    def velocity(x, t, label):
+        seen.append(label)
+        return x
+
+    monkeypatch.setattr(state.generator.prior, "velocity", velocity)
+    augmentation.overfitting(state, c, image_set)
+    rows = image_set.held_out[random_keys.numpy_generator(0, "overfitting").permutation(4)]
+    expected = torch.eye(3)[rows % 3].repeat_interleave(augmentation.CHECKED_DRAWS, dim=0)
+    assert torch.equal(seen[0], expected) and seen[1].shape == (8 * augmentation.CHECKED_DRAWS, 3)
+
+
+def test_all_batches_of_a_run_that_may_change_images_have_the_same_tensors(start):
+    state, c, image_set = start("--augment", "-1")
+    names = []
+    for state.counters["augment"] in (0.0, 0.7):
+        batch = training_step.draw_batch(state, c, image_set, 0)
+        names.append(list(training_step.tensor_fields(batch)))
+    assert names[0] == names[1] and "prior_weight" in names[0]
+    state.counters["augment"] = 0.0
+    assert torch.equal(training_step.draw_batch(state, c, image_set, 0).prior_weight, torch.ones(8))
 
 
 def test_a_batch_has_its_share_of_changed_images_which_weigh_nothing_for_the_prior(start):

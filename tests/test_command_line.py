@@ -35,9 +35,10 @@ def test_flags_override_config_and_derived_constants_follow():
 
 
 @pytest.mark.parametrize("argv, words", [
+    (["--balance-classes"], ["--balance-classes needs --folders classes"]),
     (["--image-size", "100"], ["--image-size 100 is invalid: must be one of 32, 48, 64", "512"]),
     (["--image-size", "big"], ["--image-size", "big"]),
-    (["--channels", "2"], ["--channels 2", "1 or 3"]),
+    (["--channels", "2"], ["--channels 2", "1, 3 or 4"]),
     (["--batch-siz", "3"], ["--batch-siz"]),
     (["--batch-size", "0"], ["--batch-size 0", "above 0"]),
     (["--lambda-gp", "nan"], ["--lambda-gp nan"]),

@@ -16,6 +16,7 @@ import command_line
 import config
 import model_definitions
 import run_log
+import run_state
 
 BY_KEY = {value.key: value for value in run_log.HEALTHY}
 
@@ -91,8 +92,8 @@ def new_log(folder, step=0):
 
 def log_step(log, step, skipped=0, **changed):
     """Logs one step of training: its counters, and its values with these changes."""
-    counters = {"step": step, "images_seen": 4 * step, "rollbacks": 0, "lr_scale": 1.0, "skipped_updates": skipped,
-                "skipped_in_a_row": skipped, "best": None, "stage": 1}
+    counters = run_state.State.__dataclass_fields__["counters"].default_factory() | {
+        "step": step, "images_seen": 4 * step, "skipped_updates": skipped, "skipped_in_a_row": skipped}
     values = {"critic_loss": -3.0, "score_gap": 3.0, "gradient_norm": 1.2, "gradient_penalty": 0.1,
               "generator_loss": 20.0, "reconstruction": 0.2, "kl": 60.0, "posterior_variance": 1.0,
               "prior_error": 0.5, "alpha_mean": 2.5, "alpha_min": 2.0, "alpha_max": 3.0, "alpha_spread": 0.1,
@@ -200,21 +201,46 @@ def test_samples_come_early_and_then_at_their_distance():
 
 # ------------------------------------------------------------------------------------- TensorBoard
 
-def test_tensorboard_gets_the_values_of_the_log_and_the_newest_sheets_also_after_a_resume(run, tmp_path):
-    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    for steps in ("4", "6"):
-        assert run("--steps", steps, "--tensorboard") == 0
-    folder = tmp_path / "runs" / "photos"
-    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+def events_of(folder):
+    """Returns what TensorBoard shows of a run."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                      reason="the optional package tensorboard is not installed")
+    found = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
     found.Reload()
-    logged = {line["step"]: line["reconstruction"] for line in lines(tmp_path)}
-    points = {event.step: event.value for event in found.Scalars("reconstruction")}
-    assert points == pytest.approx(logged, rel=1e-6) and sorted(points) == [2, 4, 6]
+    return found
+
+
+def test_tensorboard_gets_the_values_of_the_log_and_the_sheets_also_after_a_lost_step(run, tmp_path):
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    folder = tmp_path / "runs" / "photos"
+    flags = ("--tensorboard", "--checkpoint-every", "2", "--sample-every", "2")
+    assert run("--steps", "6", *flags) == 0
+    (folder / "checkpoints" / "step_00000006.pt").unlink()                   # steps 5 and 6 are lost
+    assert run("--steps", "8", *flags) == 0
+    found, logged = events_of(folder), {line["step"]: line["reconstruction"] for line in lines(tmp_path)}
+    points = [(event.step, event.value) for event in found.Scalars("reconstruction")]
+    assert points == [(step, pytest.approx(logged[step], rel=1e-6)) for step in (2, 4, 6, 8)]
     assert {"generated", "real", "reconstructed", "alpha"} <= set(found.Tags()["images"])
-    newest = max(found.Images("generated"), key=lambda event: event.step)
-    with Image.open(folder / "samples" / "step_00000006_generated.png") as sheet:
-        assert newest.step == 6 and (newest.width, newest.height) == sheet.size
+    sheets = {event.step: (event.width, event.height) for event in found.Images("generated")}
+    with Image.open(folder / "samples" / "step_00000008_generated.png") as sheet:
+        assert sheets[8] == sheet.size and {4, 6} <= sheets.keys()
+
+
+def test_a_full_disk_ends_the_writing_for_tensorboard_and_not_the_training(tmp_path, capsys):
+    pytest.importorskip("tensorboard", reason="the optional package tensorboard is not installed")
+    c, _ = command_line.parse_constants([*SMALL, "--tensorboard"])
+    log = run_log.Log(tmp_path, c, 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log.board.add_scalar = full
+    for step in (1, 2):
+        log.write({"step": step, "loss": 0.5})
+    log.show_samples({"step": 2})
+    log.close()
+    assert capsys.readouterr().out.count("training continues without TensorBoard") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_missing_tensorboard_is_named(run, monkeypatch, capsys):

@@ -72,9 +72,14 @@ def test_features_are_those_of_the_image_over_white(folder):
 
 
 def test_changes_move_transparent_images_and_keep_their_colours():
-    images = torch.full((1, 4, 32, 32), 0.25)
-    made = augmentation.augment(images, torch.rand(1, augmentation.DRAWS))
-    torch.testing.assert_close(made, images, atol=1e-6, rtol=0)
+    images = -torch.ones(1, 4, 32, 32)
+    images[:, :, 8:20, 8:20] = torch.tensor([0.25, -0.5, 0.0, 1.0])[:, None, None]
+    made = augmentation.augment(images, augmentation.changes(torch.full((1, augmentation.DRAWS), 0.9)))
+    assert (made - images).abs().max() > 1
+    inside = made[0, 3] > 0.999
+    assert inside.sum() > 50
+    torch.testing.assert_close(made[0, :, inside], torch.tensor([0.25, -0.5, 0.0, 1.0])[:, None].expand(
+        4, int(inside.sum())), atol=2e-3, rtol=0)
 
 
 def test_a_run_makes_transparent_images_and_opaque_sheets(folder, tmp_path):
