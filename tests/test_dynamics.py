@@ -411,7 +411,7 @@ def test_without_data_the_moving_demo_set_is_drawn(tmp_path, monkeypatch):
     (("--dynamics-kimg", "0.008"), "--dynamics-kimg 0.008 is invalid: must be above --vae-kimg 0.008"),
     (("--num-frames", "2"), "--num-frames 2 is invalid with --folders clips: must be 3 or more"),
     (("--micro-batch", "1"), "images per process and micro-batch must be even numbers"),
-    (("--folders", "movies"), "--folders movies is invalid: must be ignore or clips"),
+    (("--folders", "movies"), "--folders movies is invalid: must be ignore, classes or clips"),
     (("--cold-share", "0"), "--cold-share 0.0 is invalid: must be above 0, at most 1")])
 def test_invalid_constants_are_one_line(run, capsys, flags, words):
     assert run(*OF_CLIPS, *flags) == 2
