@@ -34,6 +34,7 @@ import demo_images
 import distributed
 import dynamics
 import evaluate
+import extractors
 import joint
 import latent_space
 import metrics
@@ -173,7 +174,7 @@ class Evaluation:
         """Images and features are divided among the ranks; rank 0 computes the scores."""
         ranks, count = self.state.ranks, self.c.EVALUATE_COUNT
         if self.real is None:
-            self.extractor = evaluate.find_extractor(self.state.device)
+            self.extractor = extractors.find_extractor(self.state.device)
             self.real = evaluate.sample_images(self.image_set, count)
             evaluate.print_count_warning(min(count, len(self.real)))
             self.held_out = data.read_batch(self.image_set, evaluate.shuffled(self.image_set.held_out)[:count // 4])

@@ -40,6 +40,7 @@ from torch import nn
 import command_line
 import data
 import evaluate
+import extractors
 import metrics
 import model_definitions
 import run_state
@@ -166,7 +167,7 @@ def measure(arguments, seed: int, folder: str, name: str, further: int) -> None:
 def score(generator: model_definitions.Generator, image_set: data.ImageSet, count: int, seed: int) -> dict[str, float]:
     """Returns Frechet distance, KID, its error, and the mean absolute error of reconstructions in [-1, 1]."""
     device = next(generator.parameters()).device
-    extractor = evaluate.need_extractor(device)
+    extractor = extractors.need_extractor(device)
     real = extractor(evaluate.sample_images(image_set, count))
     made = extractor(evaluate.generate(generator, generator.vae.latent_dim, count, seed))
     kid, kid_error = metrics.kernel_distance(made, real)
@@ -309,7 +310,7 @@ def start(argv) -> None:
     arguments.flags = arguments.flags or DEFAULT_FLAGS
     tables.check_distinct_names(arguments.data)
     if arguments.data:
-        evaluate.need_extractor(torch.device("cpu"))
+        extractors.need_extractor(torch.device("cpu"))
         measure_all(arguments)
     rows, (times, timed_on) = read_table(arguments.csv), read_times(arguments.csv)
     if not rows:

@@ -24,6 +24,7 @@ from torch import Tensor
 import command_line
 import data
 import evaluate
+import extractors
 import latent_space
 import metrics
 import model_definitions
@@ -121,7 +122,7 @@ def start(argv: Sequence[str] | None) -> None:
     generator, c, saved = model_definitions.load_generator(flags.run, device)
     extractor, real, critic = None, None, None
     if flags.data:
-        extractor = evaluate.need_extractor(device)
+        extractor = extractors.need_extractor(device)
         image_set = data.load_images_of_run(flags.data, c, data.cache_elsewhere(None))
         real = extractor(evaluate.sample_images(image_set, flags.count))
     if "critic" in saved:

@@ -37,6 +37,7 @@ import checkpoints
 import command_line
 import data
 import evaluate
+import extractors
 import model_definitions
 import pictures
 from command_line import positive
@@ -158,7 +159,7 @@ def start(argv) -> None:
         if not script.is_file() or script.stem in sides:
             raise InputError(f"--peers {script} is invalid: must be a Python file with a name of its own")
         sides[script.stem] = functools.partial(train_peer, script)
-    extractor = evaluate.need_extractor(command_line.choose_device("auto"))
+    extractor = extractors.need_extractor(command_line.choose_device("auto"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "results.csv"
     done = {(row["set"], row["side"], row["seed"], row["minutes"]) for row in tables.read(file, COLUMNS)}

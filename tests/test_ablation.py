@@ -15,7 +15,7 @@ import tables
 
 import command_line
 import data
-import evaluate
+import extractors
 import training_step
 from errors import InputError
 
@@ -115,7 +115,7 @@ def test_another_table_is_refused(tmp_path):
 @pytest.mark.slow
 def test_trains_what_the_table_lacks_and_nothing_twice(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "TURNS", 1)
-    if evaluate.find_extractor(CPU) is None:
+    if extractors.find_extractor(CPU) is None:
         pytest.skip("needs the weights of requirements-weights.txt")
     table = tmp_path / "t.csv"
     flags = ["--data", str(image_folder(40, name="set")), "--csv", str(table), "--seeds", "1", "--steps", "2",

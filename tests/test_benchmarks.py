@@ -19,7 +19,7 @@ import step
 
 import command_line
 import demo_images
-import evaluate
+import extractors
 import losses
 import model_definitions
 import run_state
@@ -255,7 +255,7 @@ def test_quality_trains_all_sides_scores_them_and_continues_from_its_results(sta
     flags = ("--data", str(images), "--minutes", "0.02", "0.01", "--count", "36", "--out", str(tmp_path / "out"),
              "--peers", str(tmp_path / "noise.py"), "--", *SMALL[2:], "--patch", "16")
     status, out, error = start("quality.py", *flags)
-    if evaluate.find_extractor("cpu") is None:
+    if extractors.find_extractor("cpu") is None:
         assert status == 2 and "requirements-weights.txt" in error
         return
     assert status == 0, error

@@ -13,6 +13,7 @@ import data
 import demo_images
 import evaluate
 import export
+import extractors
 import generate
 import latent_space
 import losses
@@ -274,7 +275,7 @@ def test_a_run_resumes_only_with_its_classes_and_starts_from_other_runs(folder, 
 
 
 def test_evaluate_recognises_classes_and_scores_each(trained, tmp_path, monkeypatch, capsys):
-    extractor = evaluate.Extractor(lambda images: images.mean((2, 3)), "mean colour", "cpu")
+    extractor = extractors.Extractor(lambda images: images.mean((2, 3)), "mean colour", "cpu")
     monkeypatch.setattr(evaluate, "choose_extractor", lambda *_: extractor)
     monkeypatch.setattr(evaluate, "MEANINGFUL", 4)
     folder = trained.parent.parent / "pets"
@@ -313,7 +314,7 @@ def test_a_walk_needs_a_point_for_each_class_and_class_needs_noise(trained, tmp_
 def test_scores_during_training_are_of_images_with_labels(start, monkeypatch):
     state, c, image_set = start("--evaluate-count", "12")
     seen = []
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(extractors, "find_extractor", lambda device: None)
     monkeypatch.setattr(evaluate, "generate", lambda *arguments, labels, **more: seen.append(labels) or torch.zeros(
         12, 3, 32, 32, dtype=torch.uint8))
     training.Evaluation(state, c, image_set).scores()

@@ -18,6 +18,7 @@ import checkpoints
 import command_line
 import data
 import evaluate
+import extractors
 import model_definitions
 import training
 from errors import InputError
@@ -67,7 +68,7 @@ def test_features_are_the_input_of_the_last_layer(hub, name, layer):
     weights = torchvision.models.get_model_weights(name).DEFAULT
     network = torchvision.models.get_model(name).eval()
     save_random_weights(hub, network, weights)
-    extractor = evaluate.choose_extractor(name, "cpu")
+    extractor = extractors.choose_extractor(name, "cpu")
     pixels, seen = to_tensor(noise(2, 300)), []                # larger than 224 px, so that antialiasing matters
     found = extractor(pixels)
     network.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -88,11 +89,11 @@ def test_networks_with_another_normalisation_apply_it(hub):
     pixels = to_tensor(noise(2))
     with torch.no_grad():
         expected = network(as_trained(pixels, weights))
-    assert relative_difference(evaluate.choose_extractor("googlenet", "cpu")(pixels), expected) < 1e-3
+    assert relative_difference(extractors.choose_extractor("googlenet", "cpu")(pixels), expected) < 1e-3
 
 
 def test_mobilenets_weights_give_useful_features():
-    extractor = evaluate.find_extractor("cpu")
+    extractor = extractors.find_extractor("cpu")
     if extractor is None:
         pytest.skip("the weights of MobileNetV2 are not on this machine")
     found = extractor(to_tensor(noise(3)))
@@ -101,16 +102,16 @@ def test_mobilenets_weights_give_useful_features():
 
 def test_missing_weights_are_named_with_their_folder(hub):
     with pytest.raises(InputError, match=r"resnet50-\w+\.pth") as caught:
-        evaluate.choose_extractor("resnet50", "cpu")
+        extractors.choose_extractor("resnet50", "cpu")
     assert str(hub) in str(caught.value)
 
 
 def test_missing_weights_of_the_default_extractor(hub, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert evaluate.find_extractor("cpu") is None
-    assert evaluate.choose_extractor("auto", "cpu") is None and evaluate.choose_extractor("none", "cpu") is None
+    assert extractors.find_extractor("cpu") is None
+    assert extractors.choose_extractor("auto", "cpu") is None and extractors.choose_extractor("none", "cpu") is None
     with pytest.raises(InputError, match=re.escape("requirements-weights.txt")):
-        evaluate.need_extractor("cpu")
+        extractors.need_extractor("cpu")
 
 
 @pytest.mark.parametrize("content", [b"none", {"other": torch.ones(1)}, [1]])
@@ -118,7 +119,7 @@ def test_damaged_weights_are_named(hub, content):
     file = hub / Path(torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url).name
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(InputError, match=file.name):
-        evaluate.choose_extractor("squeezenet1_1", "cpu")
+        extractors.choose_extractor("squeezenet1_1", "cpu")
 
 
 # ------------------------------------------------------------------------------------- TorchScript files
@@ -137,8 +138,8 @@ def write_torchscript(file, body):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
     file = write_torchscript(tmp_path / "means.pt", "return x.mean((2, 3))")
-    pixels = to_tensor(noise(evaluate.CPU_FEATURES_BATCH + 1))[:, :channels]
-    found = evaluate.choose_extractor(file, "cpu")(pixels)
+    pixels = to_tensor(noise(extractors.CPU_BATCH + 1))[:, :channels]
+    found = extractors.choose_extractor(file, "cpu")(pixels)
     torch.testing.assert_close(found, pixels.double().mean((2, 3)).expand(-1, 3).float() / 255)
 
 
@@ -153,7 +154,7 @@ def test_a_torchscript_file_reads_floats_in_0_to_1(tmp_path, channels):
 def test_a_torchscript_file_that_is_no_extractor_is_refused_in_one_line(tmp_path, body, words):
     file = write_torchscript(tmp_path / "net.pt", body)
     with pytest.raises(InputError) as caught:
-        evaluate.choose_extractor(file, "cpu")(to_tensor(noise(3)))
+        extractors.choose_extractor(file, "cpu")(to_tensor(noise(3)))
     line = str(caught.value)
     assert words in line and file in line and "\n" not in line and len(line) < 500
 
@@ -163,7 +164,7 @@ def test_a_file_that_is_no_torchscript_is_refused_in_one_line(tmp_path, content)
     file = tmp_path / "net.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(InputError, match="not a readable TorchScript file") as caught:
-        evaluate.choose_extractor(str(file), "cpu")
+        extractors.choose_extractor(str(file), "cpu")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -297,7 +298,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: StandIn())
+    monkeypatch.setattr(extractors, "find_extractor", lambda device: StandIn())
 
 
 def folder(path, count, level=128, seed=0):
@@ -337,7 +338,7 @@ def test_two_folders_alike_are_nearer_than_two_that_are_not(tmp_path, monkeypatc
 
 def test_a_copied_folder_is_reported_as_copies_and_needs_no_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(extractors, "find_extractor", lambda device: None)
     real = folder(tmp_path / "real", 20)
     assert evaluate.main([str(real), "--data", str(real), "--image-size", "32", "--out", "sheets"]) == 0
     out = capsys.readouterr().out

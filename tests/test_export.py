@@ -239,7 +239,8 @@ def test_a_checkpoint_without_axes_gives_a_page_and_weights_without_axes(trained
 
 
 @pytest.mark.parametrize("argv,words", [
-    ("{run}", "nothing to do"), ("{run} --out {tmp}/a.zip", ".onnx, .pt or .safetensors"), ("{tmp}/none --out a.pt", "no such run"),
+    ("{run}", "nothing to do"), ("{run} --out {tmp}/a.zip", ".onnx, .pt or .safetensors"),
+    ("{tmp}/none --out a.pt", "no such run"),
     ("{run} --out {tmp}/file/a.pt", "{tmp}/file"), ("{run} --out {checkpoint}", "give another name"),
     ("{run} --out {tmp}/a.pt --ort {tmp}/dist", "--web"), ("{run} --web {tmp}/page", "npm, which"),
     ("{run} --web {tmp}/page --ort {tmp}/in", "contains no ort.wasm"),

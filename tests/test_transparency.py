@@ -9,6 +9,7 @@ from PIL import Image
 import augmentation
 import data
 import evaluate
+import extractors
 import generate
 import pictures
 import training
@@ -65,7 +66,7 @@ def test_a_sheet_shows_transparent_images_over_white(folder):
 
 def test_features_are_those_of_the_image_over_white(folder):
     seen = []
-    extractor = evaluate.Extractor(lambda images: seen.append(images) or images.mean((2, 3)), "mean", "cpu")
+    extractor = extractors.Extractor(lambda images: seen.append(images) or images.mean((2, 3)), "mean", "cpu")
     pixels = np.stack([data.read_photo(folder / f"{i:02d}.png", 40, 4) for i in range(3)])
     extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     assert np.abs(255 * seen[0].permute(0, 2, 3, 1).numpy() - pictures.opaque(pixels)).max() <= 1.01
