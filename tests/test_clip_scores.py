@@ -9,6 +9,7 @@ from test_evaluate import StandIn, numbers
 import clip_scores
 import demo_images
 import evaluate
+import extractors
 import metrics
 import training
 
@@ -108,7 +109,7 @@ def root(tmp_path_factory):
 
 def test_a_run_on_clips_gets_scores_of_its_videos(root, monkeypatch, capsys):
     monkeypatch.chdir(root)
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: StandIn())
+    monkeypatch.setattr(extractors, "find_extractor", lambda device: StandIn())
     monkeypatch.setattr(clip_scores, "ORDER_STEPS", 4)
     outputs = []
     for _ in range(2):
@@ -129,7 +130,7 @@ def test_a_run_on_clips_gets_scores_of_its_videos(root, monkeypatch, capsys):
 
 def test_too_few_long_clips_are_no_error(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(extractors, "find_extractor", lambda device: None)
     clips = demo_images.make_clips(tmp_path / "short", 5, FRAMES - 1, 32)
     assert evaluate.main([str(root / "runs/motion"), "--data", str(clips), "--count", "16", "--out", "sheets"]) == 0
     assert "no scores of videos: too few clips have 9 frames or more\n" in capsys.readouterr().out

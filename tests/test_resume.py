@@ -78,7 +78,7 @@ def test_resuming_at_any_step_is_exact(whole, tmp_path, step):
     ("--final-width", "4", "--decay-from-kimg", "0.008", "--decay-to-kimg", "0.03"),
     ("--evaluate-every", "2", "--evaluate-count", "8")])
 def test_resuming_is_exact_with(whole, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)        # scores without its features
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: None)        # scores without its features
     images, expected = whole(*flags)
     for steps in (4, STEPS):
         train(tmp_path, images, "--steps", str(steps), *flags)
@@ -87,7 +87,7 @@ def test_resuming_is_exact_with(whole, tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 6, 8])    # around the start of stage 2, longer unrolling, around stage 3
 def test_resuming_a_run_on_clips_is_exact(whole, tmp_path, monkeypatch, step):
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)        # scores without its features
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: None)        # scores without its features
     flags = ("--folders", "clips", "--vae-kimg", "0.012", "--dynamics-kimg", "0.024", "--motion-batch", "4",
              "--evaluate-every", "4", "--evaluate-count", "8")
     images, expected = whole(*flags)

@@ -257,7 +257,7 @@ def test_a_run_with_several_other_sizes_is_refused_with_the_flags_of_all(run, ca
 @pytest.mark.parametrize("poisoned, evaluated", [(3, []), (2, [4])])
 def test_a_step_with_a_skipped_update_is_not_scored(poisoned, evaluated, run, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "must_wait", lambda state, c: state.counters["skipped_in_a_row"])
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: None)
     poison(monkeypatch, at=lambda step, rollbacks: step == poisoned)
     run("--steps", "5", "--evaluate-every", "4", "--evaluate-count", "4")
     assert [line["step"] for line in lines(tmp_path) if "evaluate_sliced_wasserstein" in line] == evaluated
@@ -275,7 +275,7 @@ def test_on_cuda_the_host_waits_for_logged_lines_for_nan_patience_and_while_upda
 
 def test_a_better_score_writes_best_pt_and_a_worse_one_does_not(run, tmp_path, monkeypatch, capsys):
     scores = iter([3.0, 2.0, 5.0])
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: None)
     monkeypatch.setattr(training.evaluate, "scores", lambda *_: {"sliced_wasserstein": next(scores)})
     for steps in ("4", "6"):
         assert run("--steps", steps, "--evaluate-every", "2", "--evaluate-count", "4") == 0
@@ -289,7 +289,7 @@ def test_a_better_score_writes_best_pt_and_a_worse_one_does_not(run, tmp_path, m
 
 def test_scores_are_those_of_the_averaged_generator_with_the_same_noise(run, monkeypatch):
     calls, generate = [], training.evaluate.generate
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: None)
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: None)
     monkeypatch.setattr(training.evaluate, "generate",
                         lambda *args, **more: calls.append((args, generate(*args, **more))) or calls[-1][1])
     assert run("--steps", "4", "--evaluate-every", "2", "--evaluate-count", "6") == 0
@@ -299,7 +299,7 @@ def test_scores_are_those_of_the_averaged_generator_with_the_same_noise(run, mon
 
 
 def test_held_out_images_are_scored_too(run, tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr(training.evaluate, "find_extractor", lambda device: lambda images: images.flatten(1).float())
+    monkeypatch.setattr(training.extractors, "find_extractor", lambda device: lambda images: images.flatten(1).float())
     images = image_folder(80, name="more")
     assert run("--steps", "2", "--evaluate-every", "2", "--evaluate-count", "64", images=images) == 0
     line = next(line for line in lines(tmp_path, "more") if "evaluate_kid" in line)
