@@ -95,8 +95,9 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        message = message.replace("invalid int value", "must be a whole number, not").replace(
-            "invalid float value", "must be a number, not")
+        for kind, words in (("int", "whole number"), ("float", "number"), ("whole number", "whole number"),
+                            ("number", "number")):
+            message = message.replace(f"invalid {kind} value", f"must be a {words}, not")
         raise InputError(f"{message}; --help lists all flags")
 
 

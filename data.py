@@ -176,8 +176,8 @@ def find_classes(root: PathLike, leave_out: PathLike | None = None) -> list[str]
                          f"{printable(outside[0])}; with --folders classes every image must be in a class folder")
     names = sorted({path.partition("/")[0] for path in paths})
     if len(names) < 2:
-        raise InputError(f"{printable(root)}: {counted(len(names), 'class folder')} with images; --folders classes "
-                         "needs two or more")
+        raise InputError(f"{printable(root)}: contains only the class folder {printable(names[0])}; --folders classes "
+                         f"needs two or more: are they in {printable(os.path.join(root, names[0]))}?")
     return names
 
 
@@ -189,8 +189,14 @@ def set_labels(image_set: ImageSet, c) -> None:
     names = [path.partition("/")[0] for path in image_set.paths]
     other = next((path for name, path in zip(names, image_set.paths) if name not in number), None)
     if other is not None:
-        raise InputError(f"{printable(other)}: in none of the class folders {', '.join(map(printable, c.CLASSES))}")
-    image_set.labels = np.array([number[name] for name in names], np.int64)
+        raise InputError(f"{printable(other)}: in none of the class folders {', '.join(map(printable, c.CLASSES))}: "
+                         "give the folder that contains these, and nothing else")
+    image_set.labels = labels = np.array([number[name] for name in names], np.int64)
+    # A class of a few images may be held out as a whole. It is needed for training.
+    alone = np.setdiff1d(labels, labels[image_set.train])
+    moved = np.isin(labels[image_set.held_out], alone)
+    image_set.train = np.sort(np.concatenate([image_set.train, image_set.held_out[moved]]))
+    image_set.held_out = image_set.held_out[~moved]
 
 
 def one_hot(labels: np.ndarray, c) -> "torch.Tensor":

@@ -52,6 +52,7 @@ from model_definitions import Generator, Window, learned_motion, load_generator
 BATCH = 16                                        # images per pass through the generator
 CODES = 256                                       # codes per pass through the prior
 SEEDS_LIMIT = 100_000                             # of a range of --seeds
+CLASSES_NAMED = 4                                 # in the name of a sheet at most
 GRID_LIMIT = 256                                  # images on a sheet at most
 WAITING_LIMIT = 64                                # images that wait to be written at most
 STRENGTHS = (-2, -1, -0.5, 0, 0.5, 1, 2)          # along a principal axis, in standard deviations of encoded images
@@ -166,7 +167,8 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         codes = draw_codes(generator, flags, flags.images)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for i, image in enumerate(bar(render(generator, codes), len(codes), "image")):
-            file = flags.out / f"{names[i]}.{flags.format}"
+            name = names[i] + (f"_{flags.classes[i % len(flags.classes)]}" if flags.classes else "")
+            file = flags.out / f"{name}.{flags.format}"
             waiting.append(pool.submit(pictures.save_picture, file, image))
             if len(waiting) > WAITING_LIMIT:
                 waiting.popleft().result()
@@ -175,7 +177,7 @@ def make_images(generator: Generator, c: SimpleNamespace, flags: Namespace) -> t
         for saved in waiting:
             saved.result()
     print(f"{len(codes)} images, {len(codes) / (time.monotonic() - started):.1f} per second")
-    return sheet, pictures.grid(shown)
+    return "_".join([sheet, *dict.fromkeys(flags.classes[:CLASSES_NAMED])]), pictures.grid(shown)
 
 
 def reconstruct(generator: Generator, c: SimpleNamespace, flags: Namespace) -> tuple[str, np.ndarray]:
@@ -462,7 +464,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     run = Path(flags.run)
     draws = any(getattr(flags, name) for name in ("images", "seeds", "direction", "directions", "alpha_maps"))
     if flags.classes and not draws and not (flags.video and flags.mode in ("walk", "roll", "synthetic")):
-        raise InputError("--class is for random z, and none are drawn: give --images N, or --video with --mode walk")
+        raise InputError("--class is for random z, and none are drawn: give --images or --seeds, or --video with "
+                         "--mode walk")
     if flags.video and flags.mode == "walk" and len(flags.classes) > flags.keyframes:
         raise InputError(f"--class names {len(flags.classes)} classes for a walk through {flags.keyframes} points: "
                          f"give --keyframes {len(flags.classes)}")

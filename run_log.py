@@ -252,6 +252,10 @@ def print_start(c: SimpleNamespace, state, image_set) -> None:
     if image_set.clip_offsets is None:
         print(f"{len(image_set.train):,} images to train on, {len(image_set.held_out):,} held out; device "
               f"{state.device}{processes}")
+        if c.CLASSES:
+            counts = np.bincount(image_set.labels[image_set.train], minlength=len(c.CLASSES))
+            shown = [f"{data.printable(name)} {count:,}" for name, count in zip(c.CLASSES, counts)][:CLASSES_SHOWN]
+            print(f"images to train on per class: {', '.join(shown)}{', ...' if len(c.CLASSES) > len(shown) else ''}")
         return
     print(f"{len(image_set.train_clips):,} clips of {len(image_set.train):,} frames to train on, "
           f"{len(image_set.held_out_clips):,} clips held out; device {state.device}{processes}")

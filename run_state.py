@@ -284,7 +284,10 @@ def check_constants(c: SimpleNamespace, given: Sequence[str], saved: dict, image
         new, gone = (sorted(set(a) - set(b)) for a, b in ((c.CLASSES, saved["CLASSES"]), (saved["CLASSES"], c.CLASSES)))
         changes = [f"{what} {class_names(names)}" for what, names in (("without", new), ("with", gone)) if names]
         raise InputError(f"run {c.RUN} was trained {' and '.join(changes)}: give it the same class folders, or --run "
-                         "NEWNAME for a new run")
+                         f"NEWNAME --init-from {Path(c.RUNS_DIR) / c.RUN} for a new run from its weights")
+    if saved["FIT"] != c.FIT:
+        raise InputError(f"run {c.RUN} was made with --fit {saved['FIT']}: give it again, or --run NEWNAME for a new "
+                         "run")
     if saved["PRIOR_WIDTH"] == 0:
         raise InputError(f"run {c.RUN} was made by an earlier version, without a prior: --run NEWNAME --init-from "
                          f"{Path(c.RUNS_DIR) / c.RUN} starts a new run from its weights")

@@ -105,6 +105,9 @@ def load_data(c: SimpleNamespace) -> data.ImageSet:
         (demo_images.make_clips if c.FOLDERS == "clips" else demo_images.make)(root, size=c.IMAGE_SIZE)
     image_set = data.load_images_of_run(root, c)
     data.set_labels(image_set, c)
+    for i, name in enumerate(c.CLASSES):
+        if not (image_set.labels == i).any():
+            raise InputError(f"class folder {data.printable(name)}: contains no usable image: remove it, or add images")
     return image_set
 
 

@@ -91,8 +91,9 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
     real, prior_weight = read_images(image_set, rows, state.device, flips), None
     if c.AUGMENT and image_set.clip_offsets is None:    # also while the share is 0: one kind of batch in a whole run
-        kept = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update)) >= state.counters["augment"]
-        prior_weight = to_device((kept * len(kept) / kept.sum().clamp_min(1))[mine], state.device)
+        draws = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update))
+        kept = (draws >= state.counters["augment"]) | (draws == draws.max())              # one at least, for the prior
+        prior_weight = to_device((kept * len(kept) / kept.sum())[mine], state.device)
         if not kept.all():
             draws = torch.rand(c.BATCH_SIZE, augmentation.DRAWS, generator=state.rng(c, "augment", critic_update))
             changed = augmentation.augment(real, to_device(augmentation.changes(draws[mine]), state.device))

@@ -20,6 +20,7 @@ import step
 import command_line
 import demo_images
 import extractors
+import joint
 import losses
 import model_definitions
 import run_state
@@ -169,7 +170,8 @@ def test_invalid_input_is_one_line_and_status_2(start, command, words):
     assert status == 2 and error.count("\n") == 1 and words in error, error
 
 
-def test_stages_compares_the_steps_of_all_stages(start):
+def test_stages_compares_the_steps_of_all_stages(start, monkeypatch):
+    monkeypatch.setattr(joint, "PREFIXES", joint.PREFIXES)                # the script changes it
     status, out, error = start("stages.py", "--repeats", "1", *SMALL)
     assert status == 0, error
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]

@@ -78,7 +78,7 @@ def test_labels_are_the_first_folder_of_a_path(folder, start):
 
 @pytest.mark.parametrize("break_it, words", [
     (lambda root: draw_images(root, 1), "1 image directly in it, such as 0000.png"),
-    (lambda root: [f.unlink() for f in (root / "dogs").iterdir()], "1 class folder with images"),
+    (lambda root: [f.unlink() for f in (root / "dogs").iterdir()], "contains only the class folder big cats"),
     (lambda root: None, None)])
 def test_folders_that_are_no_classes_are_one_line(folder, tmp_path, capsys, break_it, words):
     break_it(folder)
@@ -101,6 +101,21 @@ def test_an_image_of_another_class_is_an_error(folder, start):
     c.CLASSES = ["big cats"]
     with pytest.raises(InputError, match=r"dogs/0000\.png: in none of the class folders big cats"):
         data.set_labels(image_set, c)
+
+
+def test_a_class_without_usable_images_is_one_line(folder, tmp_path, capsys):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "broken.jpg").write_text("no image")
+    flags = ["--data", str(folder), "--folders", "classes", "--runs-dir", str(tmp_path / "runs"), "--steps", "1"]
+    assert training.main([*flags, *SMALL]) == 2
+    assert "class folder empty: contains no usable image" in error_line(capsys)
+
+
+def test_a_class_that_is_held_out_as_a_whole_is_trained_on(start):
+    _, c, image_set = start()
+    image_set.train, image_set.held_out = np.array([0, 1, 2]), np.array([3, 4, 5, 6, 7, 8])       # 6, 7, 8 are dogs
+    data.set_labels(image_set, c)
+    assert image_set.train.tolist() == [0, 1, 2, 6, 7, 8] and image_set.held_out.tolist() == [3, 4, 5]
 
 
 def test_balanced_classes_take_turns_in_random_order_with_random_images(start):
@@ -232,7 +247,8 @@ def test_generate_makes_images_of_a_class(trained, tmp_path, capsys):
     with torch.no_grad():
         expected = data.to_arrays(generator(z, torch.eye(2)[[1, 0, 1, 0]]))
         of_any = data.to_arrays(generator(z))
-    made = [data.read_photo(tmp_path / f"seed0_{i:05d}.png", 32, 3) for i in range(4)]
+    made = [data.read_photo(tmp_path / f"seed0_{i:05d}_{'ba'[i % 2]}.png", 32, 3) for i in range(4)]
+    assert (tmp_path / "seed0_grid_b_a.png").exists()
     assert np.abs(np.stack(made).astype(int) - expected).max() <= 1 < np.abs(of_any.astype(int) - expected).max()
 
 
@@ -268,6 +284,8 @@ def test_a_run_resumes_only_with_its_classes_and_starts_from_other_runs(folder, 
     capsys.readouterr()
     assert training.main([*flags, "--steps", "6"]) == 2
     assert "run pets was trained without the class birds: give it" in error_line(capsys)
+    assert training.main([*flags, "--steps", "6", "--fit", "pad", "--run", "pets"]) == 2
+    capsys.readouterr()
     assert training.main([*flags, "--steps", "1", "--run", "more", "--init-from", str(tmp_path / "runs" / "pets")]) == 0
     assert run("--steps", "1") == 0                                       # and from a run without classes
     assert training.main([*flags, "--steps", "1", "--run", "next", "--init-from",
