@@ -167,14 +167,15 @@ def find_files(root: PathLike, leave_out: PathLike | None = None, videos: bool =
 
 
 def find_classes(root: PathLike, leave_out: PathLike | None = None) -> list[str]:
-    """Returns the names of the classes, sorted: those of the folders in `root` that have images in or below them. Does
-    not enter the folder leave_out. Raises InputError for fewer than two classes, or if an image is in no class."""
+    """Returns the names of the classes, in natural order: those of the folders in `root` that have images in or below
+    them. Does not enter the folder leave_out. Raises InputError for fewer than two classes, or if an image is in none.
+    """
     paths = find_files(root, leave_out)[0]
     outside = [path for path in paths if "/" not in path]
     if outside:
         raise InputError(f"{printable(root)}: {counted(len(outside), 'image')} directly in it, such as "
                          f"{printable(outside[0])}; with --folders classes every image must be in a class folder")
-    names = sorted({path.partition("/")[0] for path in paths})
+    names = sorted({path.partition("/")[0] for path in paths}, key=clips.natural_order)
     if len(names) < 2:
         raise InputError(f"{printable(root)}: contains only the class folder {printable(names[0])}; --folders classes "
                          f"needs two or more: are they in {printable(os.path.join(root, names[0]))}?")

@@ -240,8 +240,7 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
         error = losses.motion_weighted_error(fake, batch.real, batch.others)
-    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels,
-                       batch.prior_weight)
+    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels, batch.prior_weight)
     yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL) + prior,
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             "prior_error": prior, **alpha_values(alpha)})

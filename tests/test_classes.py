@@ -76,6 +76,12 @@ def test_labels_are_the_first_folder_of_a_path(folder, start):
     assert np.bincount(image_set.labels).tolist() == [6, 3]
 
 
+def test_classes_are_in_natural_order(tmp_path):
+    for name in ("class 10", "class 2", "a"):
+        draw_images(tmp_path / name, 1)
+    assert data.find_classes(tmp_path) == ["a", "class 2", "class 10"]
+
+
 @pytest.mark.parametrize("break_it, words", [
     (lambda root: draw_images(root, 1), "1 image directly in it, such as 0000.png"),
     (lambda root: [f.unlink() for f in (root / "dogs").iterdir()], "contains only the class folder big cats"),
