@@ -8,7 +8,6 @@ The share of changed images rises while the prior overfits: while its error is l
 than on those of training images.
 """
 
-import functools
 import math
 
 import torch
@@ -42,8 +41,10 @@ def update_share(state, c, image_set: data.ImageSet) -> None:
     """Sets the counter "augment", the share of changed images, before a step: AUGMENT, or, if that is -1, what the
     checks say. 0 for clips, whose frames belong together."""
     counters = state.counters
-    if c.FOLDERS == "clips" or c.AUGMENT >= 0:
-        counters["augment"] = 0.0 if c.FOLDERS == "clips" else c.AUGMENT
+    if c.FOLDERS == "clips":
+        counters["augment"] = 0.0
+    elif c.AUGMENT >= 0:
+        counters["augment"] = c.AUGMENT
     elif counters["step"] == 0:
         counters["augment"] = LARGEST_SHARE if len(image_set.train) < FEW else 0.0
     elif counters["step"] % CHECK_EVERY == 0 and len(image_set.held_out):
@@ -60,14 +61,12 @@ def overfitting(state, c, image_set: data.ImageSet) -> float:
     for rows in (image_set.held_out, image_set.train):
         rows = rows[random_keys.numpy_generator(0, "overfitting").permutation(len(rows))[:CHECKED]]
         parts = data.read_batch(image_set, rows).split(c.MICRO_BATCH or c.BATCH_SIZE)
-        code = torch.cat([state.generator.vae.encode(data.to_image(part.to(state.device)))[0] for part in parts])
-        code, velocity = code.repeat_interleave(CHECKED_DRAWS, dim=0), state.generator.prior.velocity
-        if image_set.labels is not None:
-            labels = data.one_hot(image_set.labels[rows], c).to(code)
-            velocity = functools.partial(velocity, label=labels.repeat_interleave(CHECKED_DRAWS, dim=0))
+        codes = torch.cat([state.generator.vae.encode(data.to_image(part.to(state.device)))[0] for part in parts])
+        labels = None if image_set.labels is None else data.one_hot(image_set.labels[rows], c).to(codes)
         rng = random_keys.torch_generator(0, "overfitting")
-        noise, t = torch.randn(code.shape, generator=rng), torch.randn(len(code), generator=rng).sigmoid()
-        errors.append(losses.flow_matching_loss(velocity, code, noise.to(code), t.to(code)))
+        noise = torch.randn(len(codes), CHECKED_DRAWS, c.LATENT_DIM, generator=rng)
+        t = torch.randn(len(codes), CHECKED_DRAWS, generator=rng).sigmoid()
+        errors.append(losses.prior_loss(state.generator.prior.velocity, codes, noise.to(codes), t.to(codes), labels))
     return (errors[0] / errors[1]).item() - 1
 
 

@@ -401,11 +401,10 @@ def balanced_rows(image_set: ImageSet, seed: int, position: int, batch_size: int
     """Returns rows of training images position .. position + batch_size - 1 of an endless order in which every class
     comes once, in random order, before one comes again, each time with a random image: (batch_size,) int64."""
     from random_keys import numpy_generator  # imports torch
-    count, rows = len(image_set.rows_of_classes), []
-    for place in range(position, position + batch_size):
-        turn, place_in_turn = divmod(place, count)
-        of_class = image_set.rows_of_classes[numpy_generator(seed, "order of classes", turn).permutation(count)[
-            place_in_turn]]
+    order = batch_indices(len(image_set.rows_of_classes), seed, position, batch_size, "order of classes")
+    rows = []
+    for place, number in enumerate(order, position):
+        of_class = image_set.rows_of_classes[number]
         rows.append(of_class[numpy_generator(seed, "image of a class", place).integers(len(of_class))])
     return np.array(rows)
 

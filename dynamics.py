@@ -235,7 +235,7 @@ def motion_terms(state, c, batch: MotionBatch) -> Iterator[tuple[Tensor, dict]]:
     window = Window(past[row[:, None], before], v[every], known.anchor[every])
     image, _ = state.generator.image_and_alpha(past[row, place + known.codes.shape[1]], batch.earlier, window=window)
     frame_error = losses.motion_weighted_error(image, batch.frame, batch.earlier * 2 - 1)
-    prior = training_step.prior_loss(state.generator, known.anchor, batch.prior_noise, batch.prior_t)
+    prior = losses.prior_loss(state.generator.prior.velocity, known.anchor, batch.prior_noise, batch.prior_t)
     yield (c.LAMBDA_CODE * error + c.LAMBDA_FRAME * frame_error + c.LAMBDA_MOTION * kl + prior,
            {"code_error": error, "frame_error": frame_error, "motion_kl": kl, "prior_error": prior})
 

@@ -4,6 +4,7 @@ Every function is pure: tensors in, tensors out, no random draws. `critic` is an
 scores (B,). Each formula is defined here once; training_step.py applies them.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -69,6 +70,18 @@ def flow_matching_loss(velocity: Callable[[Tensor, Tensor], Tensor], code: Tenso
     change = code - noise
     error = (velocity(noise + t[:, None] * change, t) - change).square()
     return error.mean() if weight is None else (weight[:, None] * error).mean()
+
+
+def prior_loss(velocity: Callable, codes: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None,
+               weight: Tensor | None = None) -> Tensor:
+    """flow_matching_loss of the prior, for codes (B, LATENT_DIM) with D draws of noise (B, D, LATENT_DIM) and of t
+    (B, D) each. velocity: Prior.velocity; labels (B, K): of the codes' classes; weight (B,): of each code. No gradient
+    reaches the codes."""
+    def for_each_draw(tensor):
+        return None if tensor is None else tensor.repeat_interleave(noise.shape[1], dim=0)
+
+    return flow_matching_loss(functools.partial(velocity, label=for_each_draw(labels)), for_each_draw(codes.detach()),
+                              noise.flatten(0, 1), t.flatten(), for_each_draw(weight))
 
 
 def size_factor(elements: int) -> float:

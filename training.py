@@ -69,7 +69,7 @@ def prepare_constants(argv: Sequence[str] | None) -> tuple[SimpleNamespace, set[
             raise InputError(f"the run's folder {runs / c.RUN} is among the images, and the next start would train on "
                              "its samples: give another --runs-dir")
     else:
-        c.RUN = c.RUN or {"ignore": "demo"}.get(c.FOLDERS, f"demo_{c.FOLDERS}")
+        c.RUN = c.RUN or ("demo" if c.FOLDERS == "ignore" else f"demo_{c.FOLDERS}")
         if c.FOLDERS == "classes":
             c.CLASSES = sorted(owls.SKIES)
     return c, given

@@ -89,15 +89,8 @@ def draw_batch(state, c, image_set: data.ImageSet, critic_update: int) -> Batch:
         frames = frames_of_clips(image_set, rows)
         others = read_images(image_set, frames.flatten(), state.device, flips if flips is None else
                              flips.repeat(CLIP_SAMPLE)).unflatten(0, frames.shape).flatten(1, 2)
-    real, prior_weight = read_images(image_set, rows, state.device, flips), None
-    if c.AUGMENT and image_set.clip_offsets is None:    # also while the share is 0: one kind of batch in a whole run
-        draws = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update))
-        kept = (draws >= state.counters["augment"]) | (draws == draws.max())              # one at least, for the prior
-        prior_weight = to_device((kept * len(kept) / kept.sum())[mine], state.device)
-        if not kept.all():
-            draws = torch.rand(c.BATCH_SIZE, augmentation.DRAWS, generator=state.rng(c, "augment", critic_update))
-            changed = augmentation.augment(real, to_device(augmentation.changes(draws[mine]), state.device))
-            real = torch.where(prior_weight[:, None, None, None] > 0, real, changed)
+    real, prior_weight = change_images(state, c, image_set, read_images(image_set, rows, state.device, flips),
+                                       critic_update)
     return Batch(real,
                  draw(torch.randn, "posterior noise", c.BATCH_SIZE, c.LATENT_DIM),
                  *draw_for_prior(state, c, c.BATCH_SIZE, critic_update),
@@ -113,6 +106,24 @@ def draw_for_prior(state, c, count: int, critic_update: int) -> tuple[Tensor, Te
     noise = torch.randn(count, PRIOR_DRAWS, c.LATENT_DIM, generator=rng)[mine]
     t = torch.randn(count, PRIOR_DRAWS, generator=rng)[mine].sigmoid()
     return to_device(noise, state.device), to_device(t, state.device)
+
+
+def change_images(state, c, image_set: data.ImageSet, real: Tensor,
+                  critic_update: int) -> tuple[Tensor, Tensor | None]:
+    """Changes the counter's share of this rank's images (B, C, H, W). Returns them and the weights (B,) of their codes
+    in the prior's loss, 0 of changed ones; None where AUGMENT is 0 and of clips. While the share is 0 there are weights
+    too: all batches of a run are of one kind."""
+    if not c.AUGMENT or image_set.clip_offsets is not None:
+        return real, None
+    mine = state.ranks.slice_of(c.BATCH_SIZE)
+    draws = torch.rand(c.BATCH_SIZE, generator=state.rng(c, "unchanged", critic_update))
+    kept = (draws >= state.counters["augment"]) | (draws == draws.max())                  # one at least, for the prior
+    weight = to_device((kept * len(kept) / kept.sum())[mine], state.device)
+    if kept.all():
+        return real, weight
+    draws = torch.rand(c.BATCH_SIZE, augmentation.DRAWS, generator=state.rng(c, "augment", critic_update))
+    changed = augmentation.augment(real, to_device(augmentation.changes(draws[mine]), state.device))
+    return torch.where(weight[:, None, None, None] > 0, real, changed), weight
 
 
 def draw_labels(state, c, image_set: data.ImageSet, rows: np.ndarray, critic_update: int) -> Tensor | None:
@@ -188,18 +199,6 @@ def fakes_for_critic(generator: Generator, batch: Batch) -> Tensor:
         return generate(generator, batch).fake
 
 
-def prior_loss(generator: Generator, codes: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None = None,
-               weight: Tensor | None = None) -> Tensor:
-    """The prior's flow matching loss, for codes (B, LATENT_DIM) with D draws of noise (B, D, LATENT_DIM) and of t
-    (B, D) each. labels (B, K): of the codes' classes; weight (B,): of each code. No gradient reaches the codes."""
-    def for_each_draw(tensor):
-        return None if tensor is None else tensor.repeat_interleave(noise.shape[1], dim=0)
-
-    velocity = functools.partial(generator.prior.velocity, label=for_each_draw(labels))
-    return losses.flow_matching_loss(velocity, for_each_draw(codes.detach()), noise.flatten(0, 1), t.flatten(),
-                                     for_each_draw(weight))
-
-
 # ------------------------------------------------------------------------------------- algorithm
 
 def critic_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
@@ -240,7 +239,8 @@ def generator_terms(state, c, batch: Batch) -> Iterator[tuple[Tensor, dict]]:
     error = reconstruction
     if batch.others is not None:                 # of clips: what moves counts more
         error = losses.motion_weighted_error(fake, batch.real, batch.others)
-    prior = prior_loss(state.generator, code, batch.prior_noise, batch.prior_t, batch.labels, batch.prior_weight)
+    prior = losses.prior_loss(state.generator.prior.velocity, code, batch.prior_noise, batch.prior_t, batch.labels,
+                              batch.prior_weight)
     yield (losses.generator_loss(state.critic(fake), error, kl, fake[0].numel(), c.LAMBDA_REC, c.LAMBDA_KL) + prior,
            {"reconstruction": reconstruction, "kl": kl, "posterior_variance": (mu.square() + logvar.exp()).mean(),
             "prior_error": prior, **alpha_values(alpha)})

@@ -134,8 +134,8 @@ def parts(state, c, image_set) -> dict[str, tuple[Callable, int]]:
         "critic in the generator's update": (frozen_critic, 1),
         "encoder": (encoder, 1),
         "decoder": (lambda: vae.decode(code).mean().backward(), 1),
-        "prior": (lambda: training_step.prior_loss(state.generator, code, batch.prior_noise,
-                                                   batch.prior_t).backward(), 1),
+        "prior": (lambda: losses.prior_loss(state.generator.prior.velocity, code, batch.prior_noise,
+                                            batch.prior_t).backward(), 1),
         "layer: video and patch tokens": (
             lambda: layer.tokens(x, changes=batch.changes).square().mean().backward(), 1),
         "layer: Transformer and alpha head": (lambda: layer.to_s(layer.encode(tokens)).mean().backward(), 1),

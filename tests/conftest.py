@@ -16,6 +16,8 @@ import dynamics
 import model_definitions
 import run_state
 import training
+import training_step
+from distributed import Ranks
 from model_definitions import Window
 
 torch.set_num_threads(1)       # the tensors are small: a second thread would mostly wait
@@ -108,6 +110,18 @@ def draw_heads(generator):
         heads.append(generator.layer.dynamics.to_delta)
     for head in heads:
         head.weight.data.copy_(0.02 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def drawn_batches(state, c, image_set, steps):
+    """Yields the batch of each step and the rows of its images."""
+    for state.counters["step"] in range(steps):
+        yield training_step.draw_batch(state, c, image_set, 0), training_step.rows_of_images(state, c, image_set, 0)[0]
+
+
+def pieces_of_two_ranks(start, *flags):
+    """Returns the micro-batches of two images of both ranks' batches. start: the fixture of a test file."""
+    return [piece for rank in range(2) for piece in
+            training_step.draw_batch(*start(*flags, ranks=Ranks(rank, 2)), 0).pieces(2)]
 
 
 def use_float64(setattr):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, draw_images, lines
+from conftest import SMALL, draw_heads, draw_images, drawn_batches, lines, pieces_of_two_ranks
 
 import augmentation
 import checkpoints
@@ -16,20 +16,19 @@ import losses
 import random_keys
 import run_state
 import training_step
-from distributed import SINGLE, Ranks
+from distributed import SINGLE
 
 
 @pytest.fixture
 def start(tmp_path):
-    """start(*flags) returns a new state whose prior's last layer is random, its constants and 12 images."""
+    """start(*flags) returns a new state with random heads, its constants and 12 images."""
     root = draw_images(tmp_path / "photos", 12)
 
     def new(*flags, ranks=SINGLE):
         c, _ = command_line.parse_constants([*SMALL, "--batch-size", "8", *flags])
         image_set = data.load_images(root, c.IMAGE_SIZE, c.CHANNELS, tmp_path / "cache", workers=0, progress=False)
         state = run_state.new_state(c, torch.device("cpu"), ranks)
-        head = state.generator.prior.to_velocity[1].weight
-        head.data.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        draw_heads(state.generator)
         augmentation.update_share(state, c, image_set)
         return state, c, image_set
     return new
@@ -199,9 +198,7 @@ def test_all_batches_of_a_run_that_may_change_images_have_the_same_tensors(start
 def test_a_batch_has_its_share_of_changed_images_which_weigh_nothing_for_the_prior(start):
     state, c, image_set = start("--augment", "0.6")
     unchanged = 0
-    for state.counters["step"] in range(40):
-        batch = training_step.draw_batch(state, c, image_set, 0)
-        rows, _ = training_step.rows_of_images(state, c, image_set, 0)
+    for batch, rows in drawn_batches(state, c, image_set, 40):
         as_it_is = [torch.equal(image, real) for image, real in
                     zip(batch.real, training_step.read_images(image_set, rows, state.device))]
         assert as_it_is == (batch.prior_weight > 0).tolist()
@@ -222,9 +219,9 @@ def test_changed_images_have_no_part_in_the_priors_loss(start, float64):
     codes, noise, t = (torch.randn(4, 16, generator=rng), torch.randn(4, 3, 16, generator=rng),
                        torch.rand(4, 3, generator=rng))
     weight = torch.tensor([2.0, 0, 0, 2.0])
-    found = training_step.prior_loss(state.generator, codes, noise, t, weight=weight)
+    found = losses.prior_loss(state.generator.prior.velocity, codes, noise, t, weight=weight)
     kept = [0, 3]
-    assert found.item() == pytest.approx(training_step.prior_loss(state.generator, codes[kept], noise[kept],
+    assert found.item() == pytest.approx(losses.prior_loss(state.generator.prior.velocity, codes[kept], noise[kept],
                                                                   t[kept]).item(), rel=1e-12)
     equal = torch.ones(3)
     velocity = state.generator.prior.velocity
@@ -234,10 +231,7 @@ def test_changed_images_have_no_part_in_the_priors_loss(start, float64):
 
 def test_ranks_and_micro_batches_share_the_changes_of_a_batch(start):
     state, c, image_set = start("--augment", "0.5")
-    whole, parts = training_step.draw_batch(state, c, image_set, 0), []
-    for rank in range(2):
-        state, c, image_set = start("--augment", "0.5", ranks=Ranks(rank, 2))
-        parts += training_step.draw_batch(state, c, image_set, 0).pieces(2)
+    whole, parts = training_step.draw_batch(state, c, image_set, 0), pieces_of_two_ranks(start, "--augment", "0.5")
     torch.testing.assert_close(torch.cat([part.real for part in parts]), whole.real, atol=1e-6, rtol=0)
     assert torch.equal(torch.cat([part.prior_weight for part in parts]), whole.prior_weight)
 
@@ -255,6 +249,5 @@ def test_micro_batches_change_no_gradient(start, float64):
 
 def test_every_batch_has_an_unchanged_image(start):
     state, c, image_set = start("--augment", "0.9999")
-    for state.counters["step"] in range(10):
-        batch = training_step.draw_batch(state, c, image_set, 0)
+    for batch, _ in drawn_batches(state, c, image_set, 10):
         assert sorted(batch.prior_weight.tolist()) == [0] * 7 + [8]

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, draw_images, error_line
+from conftest import SMALL, draw_heads, draw_images, drawn_batches, error_line, pieces_of_two_ranks
 from test_export import READY, pixels, served, write_page
 
 import checkpoints
@@ -21,7 +21,7 @@ import metrics
 import run_state
 import training
 import training_step
-from distributed import SINGLE, Ranks
+from distributed import SINGLE
 from errors import InputError
 from model_definitions import Generator, Prior, load_generator
 
@@ -40,13 +40,12 @@ def folder(tmp_path):
 
 @pytest.fixture
 def start(folder, tmp_path):
-    """start(*flags) returns a new state with classes whose prior's last layer is random, its constants and images."""
+    """start(*flags) returns a new state with classes and random heads, its constants and images."""
     def new(*flags, ranks=SINGLE):
         c, _ = training.prepare_constants(["--data", str(folder), "--folders", "classes", "--runs-dir",
                                            str(tmp_path / "runs"), *SMALL, *flags])
         state, image_set = run_state.new_state(c, torch.device("cpu"), ranks), training.load_data(c)
-        head = state.generator.prior.to_velocity[1].weight
-        head.data.copy_(0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0)))
+        draw_heads(state.generator)
         return state, c, image_set
     return new
 
@@ -150,9 +149,7 @@ def test_images_come_as_often_as_they_are_or_balanced(start):
 def test_a_batch_has_the_labels_of_its_images_except_a_tenth(start):
     state, c, image_set = start("--batch-size", "8")
     zeros = 0
-    for state.counters["step"] in range(40):
-        batch = training_step.draw_batch(state, c, image_set, 0)
-        rows, _ = training_step.rows_of_images(state, c, image_set, 0)
+    for batch, rows in drawn_batches(state, c, image_set, 40):
         for label, row in zip(batch.labels, rows):
             expected = torch.eye(2)[image_set.labels[row]]
             zeros += int(not label.any())
@@ -163,11 +160,8 @@ def test_a_batch_has_the_labels_of_its_images_except_a_tenth(start):
 def test_ranks_and_micro_batches_share_the_labels_of_a_batch(start):
     state, c, image_set = start("--batch-size", "8")
     whole = training_step.draw_batch(state, c, image_set, 0).labels
-    parts = []
-    for rank in range(2):
-        state, c, image_set = start("--batch-size", "8", ranks=Ranks(rank, 2))
-        parts += [piece.labels for piece in training_step.draw_batch(state, c, image_set, 0).pieces(2)]
-    assert torch.equal(torch.cat(parts), whole)
+    parts = pieces_of_two_ranks(start, "--batch-size", "8")
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole)
 
 
 def test_each_draw_of_the_priors_loss_has_the_label_of_its_code(start, float64):
@@ -175,7 +169,7 @@ def test_each_draw_of_the_priors_loss_has_the_label_of_its_code(start, float64):
     rng = torch.Generator().manual_seed(1)
     codes, labels = torch.randn(3, 16, generator=rng), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     noise, t = torch.randn(3, 4, 16, generator=rng), torch.rand(3, 4, generator=rng)
-    found = training_step.prior_loss(state.generator, codes, noise, t, labels)
+    found = losses.prior_loss(state.generator.prior.velocity, codes, noise, t, labels)
     expected = [losses.flow_matching_loss(functools.partial(state.generator.prior.velocity, label=labels[i:i + 1]),
                                           codes[i:i + 1], noise[i, j:j + 1], t[i, j:j + 1])
                 for i in range(3) for j in range(4)]
